@@ -1,0 +1,24 @@
+"""mlhead: fused classification heads for PyTorch."""
+
+from pathlib import Path as _Path
+
+# `kernels/` stands beside this package in a checkout and inside it once installed. From an uninstalled checkout,
+# its parent joins the search path of this package, so that `mlhead.kernels` is the same module everywhere.
+_root = _Path(__file__).resolve().parent
+if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "__init__.py").is_file():
+    __path__.append(str(_root.parent))
+
+from ._backend import BackendError, backend, record_backends  # noqa: E402
+from .ops import csra_attention, csra_pool, group_fc, query_attention, query_attention_weights  # noqa: E402
+
+__version__ = "0.1.0"
+__all__ = [
+    "BackendError",
+    "backend",
+    "csra_attention",
+    "csra_pool",
+    "group_fc",
+    "query_attention",
+    "query_attention_weights",
+    "record_backends",
+]

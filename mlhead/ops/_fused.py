@@ -1,0 +1,266 @@
+"""How an op is registered: once with torch.library, and with a shorter way for plain eager calls.
+
+An op `f` is a pair of library ops, `mlhead::f` and `mlhead::f_backward`, each with a fake for tracing:
+
+    f(inputs..., str backend)                                   -> Tensor, or a tuple whose first is differentiable
+    f_backward(dout, inputs..., extras..., bool[] needs, str backend) -> one gradient per differentiable input
+
+where `extras` are the further outputs of f and a gradient that is not needed is an empty tensor. A plain eager call
+goes straight to an autograd.Function around the launchers, which costs a few microseconds; when something traces
+(torch.compile, export, FakeTensor) or wraps tensors, the library op is called, whose Autograd key holds the same
+Function around the library ops. Under torch.func and forward-mode AD the reference, plain differentiable torch, runs.
+Gradients of gradients come from the reference's closed form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _backend
+
+_library = torch.library.Library("mlhead", "DEF")
+_PLAIN = (Tensor, torch.nn.Parameter)
+_functorch_level = torch._C._functorch.maybe_current_level
+
+
+def is_plain_eager(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether nothing traces, transforms or wraps: the call may skip the dispatcher."""
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+        return False
+    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+
+
+def is_transformed() -> bool:
+    """Whether a torch.func transform or forward-mode AD is active."""
+    return _functorch_level() is not None or torch.autograd.forward_ad._current_level >= 0
+
+
+def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
+    """The autocast rule of every op: floating inputs but fp64 are cast to autocast's dtype, as for nn.Linear."""
+    if not torch.is_autocast_enabled(device_type):
+        return tensors
+    dtype = torch.get_autocast_dtype(device_type)
+    return tuple(
+        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors
+    )
+
+
+class FusedOp:
+    """One op: its library ops, its autograd, its backends.
+
+    Args:
+        name: The op's name; its launchers are called `<name>` and `<name>_backward`.
+        arguments: The schema of the inputs, without `backend`, e.g. "Tensor h, Tensor weight, SymInt num_classes".
+        outputs: How many tensors the forward returns; only the first is differentiable.
+        differentiable: Positions of the inputs that have a gradient.
+        reference: f(*inputs) in plain torch; returns all outputs.
+        reference_grad: (dout, *inputs, *extras) -> the gradients, in plain torch.
+        fake: (*inputs) -> the outputs without data.
+        implementations: The other backends.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        arguments: str,
+        *,
+        outputs: int,
+        differentiable: tuple[int, ...],
+        reference: Callable[..., Any],
+        reference_grad: Callable[..., tuple[Tensor | None, ...]],
+        fake: Callable[..., Any],
+        implementations: dict[str, _backend.Implementation],
+    ) -> None:
+        self.name = name
+        self.differentiable = differentiable
+        self.reference = reference
+        self.reference_grad = reference_grad
+        self._fake = fake
+        self._implementations = implementations
+        self._outputs = outputs
+        _backend.register(name, implementations)
+
+        tensors = ", ".join(["Tensor"] * outputs)
+        extras = "".join(f", Tensor extra{i}" for i in range(1, outputs))
+        grads = ", ".join(["Tensor"] * len(differentiable))
+        result = tensors if outputs == 1 else f"({tensors})"
+        _library.define(f"{name}({arguments}, str backend) -> {result}")
+        _library.define(
+            f"{name}_backward(Tensor dout, {arguments}{extras}, bool[] needs, str backend) -> "
+            + (grads if len(differentiable) == 1 else f"({grads})")
+        )
+        self.forward_op = getattr(torch.ops.mlhead, name).default
+        self.backward_op = getattr(torch.ops.mlhead, f"{name}_backward").default
+        schema = self.forward_op._schema.arguments[:-1]
+        self._num_inputs = len(schema)
+        self._tensors = tuple(i for i, a in enumerate(schema) if "Tensor" in str(a.type))
+
+        _library.impl(name, self._run, "CompositeExplicitAutograd")
+        _library.impl(f"{name}_backward", self._run_backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"mlhead::{name}", self._fake_forward, lib=_library)
+        torch.library.register_fake(f"mlhead::{name}_backward", self._fake_backward, lib=_library)
+        _library.impl(name, self._autograd, "Autograd")
+        _library.impl(f"{name}_backward", self._autograd_backward, "Autograd")
+
+    def __call__(self, *inputs: Any, backend: str | None) -> Any:
+        """All outputs of the op, on the backend asked for."""
+        choice = _backend.requested(backend)
+        if is_plain_eager([inputs[i] for i in self._tensors]):
+            if is_transformed():
+                return self.reference(*inputs)
+            return _Forward.apply(self, self._run, self._run_backward, *inputs, choice)
+        return self.forward_op(*inputs, choice)
+
+    def _launcher(self, suffix: str, choice: str, tensor: Tensor) -> Callable[..., Any] | None:
+        name = _backend.resolve(self.name, choice, tensor.device, tensor.dtype)
+        if name == "reference":
+            return None
+        return getattr(self._implementations[name].load(), self.name + suffix)
+
+    def _run(self, *args: Any) -> Any:
+        *inputs, choice = args
+        launch = self._launcher("", choice, inputs[0]) or self.reference
+        with _no_autocast(inputs[0].device.type):
+            return launch(*inputs)
+
+    def _run_backward(self, *args: Any) -> Any:
+        *inputs, needs, choice = args
+        launch = self._launcher("_backward", choice, inputs[1])
+        with _no_autocast(inputs[1].device.type):
+            if launch is not None:
+                return launch(*inputs, needs)
+            grads = self.reference_grad(*inputs)
+        empty = inputs[0].new_empty(0)
+        # A library op's outputs may not alias its inputs or one another.
+        grads = tuple(
+            grad.contiguous() if need and grad is not None else empty.clone()
+            for grad, need in zip(grads, needs, strict=True)
+        )
+        return grads if len(grads) > 1 else grads[0]
+
+    def _fake_forward(self, *args: Any) -> Any:
+        return self._fake(*args[:-1])
+
+    def _fake_backward(self, *args: Any) -> Any:
+        *inputs, needs, _ = args
+        grads = tuple(
+            torch.empty_like(inputs[1 + i], memory_format=torch.contiguous_format) if need else inputs[0].new_empty(0)
+            for i, need in zip(self.differentiable, needs, strict=True)
+        )
+        return grads if len(grads) > 1 else grads[0]
+
+    def _autograd(self, *args: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.forward_op(*args)
+
+        return _Forward.apply(self, run, self.backward_op, *args)
+
+    def _autograd_backward(self, *args: Any) -> Any:
+        def run(*args: Any) -> Any:
+            with torch._C._AutoDispatchBelowAutograd():
+                return self.backward_op(*args)
+
+        return _Backward.apply(self, run, *args)
+
+
+class _no_autocast:  # noqa: N801 (used like a function)
+    """Switches autocast off around a launcher; inputs are in their final dtype there."""
+
+    def __init__(self, device_type: str) -> None:
+        self._inner = (
+            torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else None
+        )
+
+    def __enter__(self) -> None:
+        if self._inner is not None:
+            self._inner.__enter__()
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._inner is not None:
+            self._inner.__exit__(*exception)
+
+
+class _Forward(torch.autograd.Function):
+    """The op with its gradient; `run` and `run_backward` are launchers in eager mode and library ops in tracing."""
+
+    @staticmethod
+    def forward(ctx: Any, op: FusedOp, run: Callable, run_backward: Callable, *args: Any) -> Any:  # type: ignore[override]
+        inputs, choice = args[:-1], args[-1]
+        outputs = run(*args)
+        if any(ctx.needs_input_grad):
+            extras = outputs[1:] if op._outputs > 1 else ()
+            ctx.set_materialize_grads(False)
+            ctx.save_for_backward(*(inputs[i] for i in op._tensors), *extras)
+            ctx.constants = [None if i in op._tensors else value for i, value in enumerate(inputs)]
+            ctx.op, ctx.run_backward, ctx.choice = op, run_backward, choice
+            if extras:
+                ctx.mark_non_differentiable(*extras)
+        return outputs
+
+    @staticmethod
+    def backward(ctx: Any, dout: Tensor | None, *_: Any) -> Any:
+        op: FusedOp = ctx.op
+        grads: list[Tensor | None] = [None] * (op._num_inputs + 4)
+        if dout is None:
+            return tuple(grads)
+        saved = ctx.saved_tensors
+        inputs = list(ctx.constants)
+        for i, tensor in zip(op._tensors, saved[: len(op._tensors)], strict=True):
+            inputs[i] = tensor
+        needs = [ctx.needs_input_grad[3 + i] for i in op.differentiable]
+        arguments = (dout, *inputs, *saved[len(op._tensors) :], needs, ctx.choice)
+        # With create_graph the gradient is itself differentiated, so it goes through the library op's autograd.
+        run = op.backward_op if torch.is_grad_enabled() else ctx.run_backward
+        results = run(*arguments)
+        results = results if len(op.differentiable) > 1 else (results,)
+        for i, need, result in zip(op.differentiable, needs, results, strict=True):
+            if need:
+                grads[3 + i] = result
+        return tuple(grads)
+
+
+class _Backward(torch.autograd.Function):
+    """The gradient op with its own gradient, taken through the reference's closed form."""
+
+    @staticmethod
+    def forward(ctx: Any, op: FusedOp, run: Callable, *args: Any) -> Any:  # type: ignore[override]
+        results = run(*args)
+        ctx.op = op
+        ctx.needs = args[-2]
+        ctx.slots = [i for i, value in enumerate(args) if isinstance(value, Tensor)]
+        ctx.constants = [None if isinstance(value, Tensor) else value for value in args]
+        ctx.save_for_backward(*(args[i] for i in ctx.slots))
+        return results
+
+    @staticmethod
+    def backward(ctx: Any, *ggrads: Tensor | None) -> Any:
+        op: FusedOp = ctx.op
+        create_graph = torch.is_grad_enabled()
+        with torch.enable_grad():
+            args = list(ctx.constants)
+            wanted = []
+            for i, tensor in zip(ctx.slots, ctx.saved_tensors, strict=True):
+                if tensor.is_floating_point() and ctx.needs_input_grad[2 + i]:
+                    tensor = tensor.view_as(tensor) if create_graph else tensor.detach().requires_grad_()
+                    wanted.append(i)
+                args[i] = tensor
+            results = op.reference_grad(*args[:-2])
+            pairs = [
+                (result, gg)
+                for result, gg, need in zip(results, ggrads, ctx.needs, strict=True)
+                if need and gg is not None and result is not None and result.requires_grad
+            ]
+            grads: list[Tensor | None] = [None] * (len(args) + 2)
+            if pairs and wanted:
+                outputs, weights = zip(*pairs, strict=True)
+                inner = torch.autograd.grad(
+                    outputs, [args[i] for i in wanted], weights, create_graph=create_graph, allow_unused=True
+                )
+                for i, grad in zip(wanted, inner, strict=True):
+                    grads[2 + i] = grad
+        return tuple(grads)

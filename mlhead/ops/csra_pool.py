@@ -1,0 +1,150 @@
+"""The op csra_pool: class-specific residual attention over all positions of an image."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from ..reference import csra_pool as reference
+from ._fused import FusedOp, autocast
+
+
+def _fake(
+    x: Tensor, weight: Tensor, bias: Tensor | None, temperatures: list[float], lam: list[float], normalize: bool
+) -> Tensor:
+    return x.new_empty(x.shape[0], weight.shape[1])
+
+
+_csra_pool = FusedOp(
+    "csra_pool",
+    "Tensor x, Tensor weight, Tensor? bias, float[] temperatures, float[] lam, bool normalize",
+    outputs=1,
+    differentiable=(0, 1, 2),
+    reference=reference.csra_pool,
+    reference_grad=reference.csra_pool_grad,
+    fake=_fake,
+    implementations={},
+)
+
+
+def as_tokens(where: str, x: Tensor) -> Tensor:
+    """A map (B, D, H, W) or tokens (B, L, D) as tokens (B, L, D): a view of a contiguous or channels-last map."""
+    _check.check_tensor(where, "x", x)
+    if x.ndim == 4:
+        x = x.flatten(2).transpose(1, 2)
+    if x.ndim != 3:
+        _check.fail(where, "x", "(B, L, D) tokens or a (B, D, H, W) map", tuple(x.shape))
+    if x.shape[1] == 0:
+        _check.fail(where, "x", "of at least one position (L >= 1)", tuple(x.shape))
+    return x
+
+
+def _check_weight(where: str, x: Tensor, weight: Tensor) -> None:
+    _check.check_tensor(where, "weight", weight)
+    _check.check_ndim(where, "weight", weight, "(H, C, D)")
+    _check.check_shape(where, "weight", weight, "(H, C, D)", (*weight.shape[:2], x.shape[2]))
+    _check.check_like(where, "weight", weight, "x", x)
+
+
+def _check_temperatures(where: str, temperatures: Sequence[float], H: int) -> list[float]:
+    temperatures = [float(T) for T in temperatures]
+    if len(temperatures) != H:
+        _check.fail(where, "temperatures", f"one number per head (H = {H})", temperatures)
+    if not all(T > 0 for T in temperatures):
+        _check.fail(where, "temperatures", "positive, math.inf allowed", temperatures)
+    return temperatures
+
+
+def csra_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    temperatures: Sequence[float],
+    lam: float | Sequence[float],
+    normalize: bool = False,
+    backend: str | None = None,
+) -> Tensor:
+    """Class-specific residual attention pooling (CSRA): every class pools the positions by its own scores.
+
+    s[h,b,c,l]  = sum_d x[b,l,d] * w[h,c,d] + bias[h,c]
+    logits[b,c] = sum_h ( mean_l s[h,b,c,l] + lam_h * A_{T_h}(s[h,b,c,:]) )
+    A_T(s) = sum_l softmax_l(T s)_l s_l,    A_inf(s) = max_l s_l
+
+    Args:
+        x: Tokens (B, L, D) or a map (B, D, height, width), floating, L >= 1.
+        weight: Classifiers (H, C, D), of the dtype of x; each head owns one.
+        bias: (H, C) or None.
+        temperatures: H numbers > 0; `math.inf` takes the maximum (its gradient goes to the first maximal position).
+        lam: The weight of the attention term, one number or one per head.
+        normalize: Divide every classifier by its norm over D first; a zero classifier stays zero.
+        backend: "auto", "reference", "triton", "cpp", "cuda"; None takes the surrounding `backend(...)`.
+
+    Returns:
+        Logits (B, C) of the dtype of x; under autocast all inputs are cast to autocast's dtype first.
+
+    Raises:
+        ValueError: A shape, device, temperature or lam does not fit; the message names the argument.
+        TypeError: An argument is no floating tensor, or the dtypes differ.
+        BackendError: An explicitly chosen backend cannot run this call.
+
+    Numerics:
+        Norm, softmax and pooling in fp32 (fp64 for fp64). The only backend so far is the reference, which holds the
+        (H, B, C, L) scores.
+
+    Source:
+        CSRA, Eq. 2-8, 13 and section 3.4; Fig. 1 is H = 1, T = inf, normalize=False on a trained classifier.
+    """
+    x = as_tokens("csra_pool", x)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight, bias = autocast(x.device.type, x, weight, bias)  # type: ignore[assignment]
+    _check_weight("csra_pool", x, weight)
+    H, C = weight.shape[:2]
+    if bias is not None:
+        _check.check_tensor("csra_pool", "bias", bias)
+        _check.check_shape("csra_pool", "bias", bias, "(H, C)", (H, C))
+        _check.check_like("csra_pool", "bias", bias, "x", x)
+    T = _check_temperatures("csra_pool", temperatures, H)
+    lams = [float(lam)] * H if isinstance(lam, (int, float)) else [float(value) for value in lam]
+    if len(lams) != H:
+        _check.fail("csra_pool", "lam", f"one number, or one per head (H = {H})", lams)
+    if not all(math.isfinite(value) for value in lams):
+        _check.fail("csra_pool", "lam", "finite", lams)
+    return _csra_pool(x, weight, bias, T, lams, normalize, backend=backend)
+
+
+def csra_attention(
+    x: Tensor,
+    weight: Tensor,
+    classes: Tensor | Sequence[int],
+    *,
+    temperatures: Sequence[float],
+    normalize: bool = False,
+) -> Tensor:
+    """Where chosen classes look: the attention p[b, h, k, l] = softmax_l(T_h s[h, b, c_k, l]) (CSRA Eq. 2, Fig. 4).
+
+    Args:
+        x: Tokens (B, L, D) or a map (B, D, height, width), floating, L >= 1.
+        weight: Classifiers (H, C, D).
+        classes: K class indices in [0, C), the same for all images.
+        temperatures: H numbers > 0; `math.inf` gives the one-hot of the first maximum.
+        normalize: As in `csra_pool`.
+
+    Returns:
+        (B, H, K, L), non-negative, summing to 1 over L. A bias would change nothing and is not taken.
+
+    Raises:
+        ValueError: A shape, a temperature or a class index does not fit.
+    """
+    x = as_tokens("csra_attention", x)
+    if torch.is_autocast_enabled(x.device.type):
+        x, weight = autocast(x.device.type, x, weight)  # type: ignore[assignment]
+    _check_weight("csra_attention", x, weight)
+    T = _check_temperatures("csra_attention", temperatures, weight.shape[0])
+    index = torch.as_tensor(classes, dtype=torch.long, device=weight.device)
+    _check.check_ndim("csra_attention", "classes", index, "(K,)")
+    return reference.csra_attention(x, weight.index_select(1, index), None, T, normalize)

@@ -1,0 +1,127 @@
+"""The op group_fc: the group fully-connected layer of ML-Decoder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from .._backend import Implementation
+from ..reference import group_fc as reference
+from ._fused import FusedOp, autocast
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _load_triton() -> Any:
+    from ..kernels import group_fc
+
+    return group_fc
+
+
+class _Extension:
+    """The launchers of the C++/CUDA extension, in the argument order of this op."""
+
+    @staticmethod
+    def group_fc(h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int) -> Tensor:
+        return torch.ops.mlhead_C.group_fc.default(h, weight, bias, num_classes)
+
+    @staticmethod
+    def group_fc_backward(
+        dlogits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int, needs: list[bool]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return torch.ops.mlhead_C.group_fc_backward.default(dlogits, h, weight, num_classes, *needs)
+
+
+def _fake(h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int) -> Tensor:
+    return h.new_empty(h.shape[0], num_classes)
+
+
+_group_fc = FusedOp(
+    "group_fc",
+    "Tensor h, Tensor weight, Tensor? bias, SymInt num_classes",
+    outputs=1,
+    differentiable=(0, 1, 2),
+    reference=reference.group_fc,
+    reference_grad=reference.group_fc_grad,
+    fake=_fake,
+    implementations={
+        "triton": Implementation(("cuda",), (torch.float32, *_HALF), _load_triton),
+        "cpp": Implementation(("cpu",), (torch.float32, torch.float64, *_HALF), lambda: _Extension),
+        "cuda": Implementation(("cuda",), (torch.float32, torch.float64, *_HALF), lambda: _Extension),
+    },
+)
+
+
+def group_fc(
+    h: Tensor, weight: Tensor, bias: Tensor | None = None, num_classes: int | None = None, *, backend: str | None = None
+) -> Tensor:
+    """Group fully-connected layer: each of G group embeddings makes the logits of its own J classes.
+
+    logits[b, c] = sum_e h[b, g, e] * weight[g, e, j] + bias[c]    with g = c div J, j = c mod J, c < C
+
+    Nothing is transposed, padded or copied: h and weight are read where they lie, whatever their strides, and the
+    (B, C) logits are written once. Classes past C in the last groups do not exist, and their weight has gradient 0.
+
+    Args:
+        h: Group embeddings (B, G, E), floating.
+        weight: (G, E, J) with J = ceil(C / G), of the dtype of h; or (E, 1), shared by all queries (then C = G).
+        bias: (C), or (1) with a shared weight, or None.
+        num_classes: C. By default the length of `bias`, else G * J.
+        backend: "auto", "reference", "triton", "cpp", "cuda"; None takes the surrounding `backend(...)`.
+
+    Returns:
+        Logits (B, C), contiguous, of the dtype of h; under autocast all inputs are cast to autocast's dtype first.
+
+    Raises:
+        ValueError: A shape or device does not fit; the message names the argument.
+        TypeError: An argument is no floating tensor, or the dtypes differ.
+        BackendError: An explicitly chosen backend cannot run this call.
+
+    Numerics:
+        16-bit inputs are accumulated in fp32 and rounded once. fp32 on CUDA follows
+        `torch.backends.cuda.matmul.allow_tf32`. Every backend is deterministic: the same call gives the same bits.
+
+    Source:
+        ML-Decoder, Eq. 3, Fig. 4, App. L; the shared weight: section 2.3.3.
+    """
+    for name, value in (("h", h), ("weight", weight)):
+        _check.check_tensor("group_fc", name, value)
+    _check.check_ndim("group_fc", "h", h, "(B, G, E)")
+    device_type = h.device.type
+    if torch.is_autocast_enabled(device_type):
+        h, weight, bias = autocast(device_type, h, weight, bias)  # type: ignore[assignment]
+    _check.check_like("group_fc", "weight", weight, "h", h)
+    if bias is not None:
+        _check.check_tensor("group_fc", "bias", bias)
+        _check.check_like("group_fc", "bias", bias, "h", h)
+    if weight.ndim == 2:
+        return _shared(h, weight, bias, num_classes, backend)
+
+    G, E = h.shape[1:]
+    _check.check_ndim("group_fc", "weight", weight, "(G, E, J)")
+    J = weight.shape[2]
+    C = num_classes
+    if C is None:
+        C = G * J if bias is None else bias.shape[0]
+    expected_J = -(-C // G) if G > 0 else 0
+    if tuple(weight.shape) != (G, E, expected_J) or (G == 0 and C != 0):
+        _check.fail("group_fc", "weight", f"(G, E, ceil(C / G)) = {(G, E, expected_J)} for C = {C}", tuple(weight.shape))
+    if bias is not None:
+        _check.check_shape("group_fc", "bias", bias, "(C,)", (C,))
+    return _group_fc(h, weight, bias, C, backend=backend)
+
+
+def _shared(
+    h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int | None, backend: str | None
+) -> Tensor:
+    """One weight for all queries is one group of one class over B * G rows."""
+    B, G, E = h.shape
+    _check.check_shape("group_fc", "weight", weight, "(E, 1)", (E, 1))
+    if bias is not None:
+        _check.check_shape("group_fc", "bias", bias, "(1,)", (1,))
+    if num_classes is not None and num_classes != G:
+        _check.fail("group_fc", "num_classes", f"G = {G} with a shared weight (E, 1)", num_classes)
+    return _group_fc(h.reshape(B * G, 1, E), weight.unsqueeze(0), bias, 1, backend=backend).view(B, G)

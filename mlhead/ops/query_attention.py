@@ -1,0 +1,141 @@
+"""The op query_attention: cross-attention of a fixed set of queries over the positions of each image."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import _check
+from ..reference import query_attention as reference
+from ._fused import FusedOp, autocast
+
+
+def _fake(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_mask: Tensor | None,
+    seed: Tensor | None,
+    num_heads: int,
+    dropout_p: float,
+) -> Tensor:
+    return q.new_empty(k.shape[0], q.shape[-2], q.shape[-1])
+
+
+_query_attention = FusedOp(
+    "query_attention",
+    "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? seed, int num_heads, float dropout_p",
+    outputs=1,
+    differentiable=(0, 1, 2),
+    reference=reference.query_attention,
+    reference_grad=reference.query_attention_grad,
+    fake=_fake,
+    implementations={},
+)
+
+
+def _check_queries(where: str, q: Tensor, k: Tensor, num_heads: int, key_mask: Tensor | None) -> None:
+    _check.check_tensor(where, "k", k)
+    _check.check_ndim(where, "k", k, "(B, L, E)")
+    B, L, E = k.shape
+    if L == 0:
+        _check.fail(where, "k", "of at least one position (L >= 1)", tuple(k.shape))
+    _check.check_tensor(where, "q", q)
+    if q.ndim not in (2, 3):
+        _check.fail(where, "q", "(G, E) or (B, G, E)", tuple(q.shape))
+    letters, sizes = ("(G, E)", (q.shape[0], E)) if q.ndim == 2 else ("(B, G, E)", (B, q.shape[1], E))
+    _check.check_shape(where, "q", q, letters, sizes)
+    _check.check_like(where, "q", q, "k", k)
+    _check.check_positive(where, "num_heads", num_heads)
+    if E % num_heads:
+        _check.fail(where, "num_heads", f"a divisor of E = {E}", num_heads)
+    if key_mask is not None:
+        if not isinstance(key_mask, Tensor) or key_mask.dtype != torch.bool:
+            got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
+            _check.fail(where, "key_mask", "a bool tensor, True = attend", got, TypeError)
+        _check.check_shape(where, "key_mask", key_mask, "(B, L)", (B, L))
+
+
+def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
+    if seed is None:
+        # Drawn on the device by torch's own generator: no synchronisation, and CUDA graphs replay it anew.
+        return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64 or seed.ndim != 0:
+            _check.fail("query_attention", "seed", "an int64 scalar tensor", f"{seed.dtype} {tuple(seed.shape)}")
+        return seed.to(device)
+    return torch.full((), seed, dtype=torch.int64, device=device)
+
+
+def query_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    num_heads: int,
+    *,
+    dropout_p: float = 0.0,
+    seed: int | Tensor | None = None,
+    key_mask: Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Multi-head attention of queries over the positions of each image; queries are usually shared by the batch.
+
+    out[b, g, :] = concat_h dropout(softmax_l(q_h[g] . k_h[b, l] / sqrt(E / H))) v_h[b, l]
+
+    Args:
+        q: Projected queries (G, E), the same for every image, or (B, G, E).
+        k: Projected keys (B, L, E), L >= 1.
+        v: Projected values (B, L, E).
+        num_heads: H, a divisor of E; a head is E / H wide, any width.
+        dropout_p: Probability in [0, 1) of dropping an attention weight; the rest are scaled by 1 / (1 - dropout_p).
+        seed: Of the dropout mask: an integer, an int64 scalar tensor, or None for a fresh one from torch's generator.
+            The mask is a function of the seed and the position alone, the same in backward and on every backend.
+        key_mask: (B, L) bool, True where a position may be attended. An image without any gives 0.
+        backend: "auto", "reference", "triton", "cpp", "cuda"; None takes the surrounding `backend(...)`.
+
+    Returns:
+        (B, G, E) of the dtype of q, contiguous; under autocast q, k and v are cast to autocast's dtype first.
+
+    Raises:
+        ValueError: A shape, a device, num_heads or dropout_p does not fit; the message names the argument.
+        TypeError: An argument is no floating tensor, the dtypes differ, or the mask is not bool.
+        BackendError: An explicitly chosen backend cannot run this call.
+
+    Numerics:
+        Softmax in fp32 (fp64 for fp64). The only backend so far is the reference, which holds the (B, H, G, L) weights.
+
+    Source:
+        ML-Decoder, Eq. 1 and 4.
+    """
+    _check.check_tensor("query_attention", "q", q)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k, v = autocast(q.device.type, q, k, v)  # type: ignore[assignment]
+    _check_queries("query_attention", q, k, num_heads, key_mask)
+    _check.check_tensor("query_attention", "v", v)
+    _check.check_shape("query_attention", "v", v, "(B, L, E)", k.shape)
+    _check.check_like("query_attention", "v", v, "k", k)
+    _check.check_probability("query_attention", "dropout_p", dropout_p)
+    seed_tensor = _seed_tensor(seed, q.device) if dropout_p > 0.0 else None
+    return _query_attention(q, k, v, key_mask, seed_tensor, num_heads, float(dropout_p), backend=backend)
+
+
+def query_attention_weights(q: Tensor, k: Tensor, num_heads: int, *, key_mask: Tensor | None = None) -> Tensor:
+    """Where queries look: softmax_l(q_h[g] . k_h[b, l] / sqrt(E / H)), averaged over the heads.
+
+    Args:
+        q: Projected queries (G, E) or (B, G, E).
+        k: Projected keys (B, L, E), L >= 1.
+        num_heads: H, a divisor of E.
+        key_mask: (B, L) bool, True where a position may be attended.
+
+    Returns:
+        (B, G, L), non-negative, summing to 1 over L.
+
+    Raises:
+        ValueError: A shape or num_heads does not fit.
+    """
+    _check.check_tensor("query_attention_weights", "q", q)
+    if torch.is_autocast_enabled(q.device.type):
+        q, k = autocast(q.device.type, q, k)  # type: ignore[assignment]
+    _check_queries("query_attention_weights", q, k, num_heads, key_mask)
+    return reference.attention_weights(q, k, key_mask, num_heads).mean(1).to(q.dtype)

@@ -1,0 +1,34 @@
+"""Group fully-connected layer: ML-Decoder, Eq. 3, Fig. 4 and App. L."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def group_fc(h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int) -> Tensor:
+    """logits[b, c] = sum_e h[b, g, e] weight[g, e, j] + bias[c] with g = c div J, j = c mod J, c < C.
+
+    h (B, G, E), weight (G, E, J), bias (C) or None -> logits (B, C). Classes past C do not exist.
+    """
+    B, G, _ = h.shape
+    J = weight.shape[2]
+    logits = torch.einsum("bge,gej->bgj", h, weight).reshape(B, G * J)[:, :num_classes]
+    return logits.contiguous() if bias is None else logits + bias
+
+
+def group_fc_grad(
+    dlogits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The gradients (dh, dweight, dbias):
+
+    dh[b, g, e] = sum_j dlogits[b, gJ + j] weight[g, e, j];  dweight[g, e, j] = sum_b h[b, g, e] dlogits[b, gJ + j];
+    dbias[c] = sum_b dlogits[b, c].
+    """
+    B, G, _ = h.shape
+    J = weight.shape[2]
+    dlogits_groups = pad(dlogits, (0, G * J - num_classes)).reshape(B, G, J)
+    dh = torch.einsum("bgj,gej->bge", dlogits_groups, weight)
+    dweight = torch.einsum("bge,bgj->gej", h, dlogits_groups)
+    return dh, dweight, None if bias is None else dlogits.sum(0)
