@@ -1,6 +1,6 @@
 """Argument checks, all with one message form.
 
-    csra_pool: weight must be (H, C, D) = (1, 80, 2048), got (1, 80, 1024)
+csra_pool: weight must be (H, C, D) = (1, 80, 2048), got (1, 80, 1024)
 """
 
 from __future__ import annotations

@@ -172,9 +172,7 @@ class _no_autocast:  # noqa: N801 (used like a function)
     """Switches autocast off around a launcher; inputs are in their final dtype there."""
 
     def __init__(self, device_type: str) -> None:
-        self._inner = (
-            torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else None
-        )
+        self._inner = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else None
 
     def __enter__(self) -> None:
         if self._inner is not None:

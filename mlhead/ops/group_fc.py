@@ -108,15 +108,15 @@ def group_fc(
         C = G * J if bias is None else bias.shape[0]
     expected_J = -(-C // G) if G > 0 else 0
     if tuple(weight.shape) != (G, E, expected_J) or (G == 0 and C != 0):
-        _check.fail("group_fc", "weight", f"(G, E, ceil(C / G)) = {(G, E, expected_J)} for C = {C}", tuple(weight.shape))
+        _check.fail(
+            "group_fc", "weight", f"(G, E, ceil(C / G)) = {(G, E, expected_J)} for C = {C}", tuple(weight.shape)
+        )
     if bias is not None:
         _check.check_shape("group_fc", "bias", bias, "(C,)", (C,))
     return _group_fc(h, weight, bias, C, backend=backend)
 
 
-def _shared(
-    h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int | None, backend: str | None
-) -> Tensor:
+def _shared(h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int | None, backend: str | None) -> Tensor:
     """One weight for all queries is one group of one class over B * G rows."""
     B, G, E = h.shape
     _check.check_shape("group_fc", "weight", weight, "(E, 1)", (E, 1))

@@ -61,7 +61,9 @@ def csra_pool(
     logits = s.mean(-1).sum(0)
     for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
         # A one-hot times a score would carry no more than the gather; a product would turn 0 * inf into NaN.
-        pooled = s_h.gather(-1, _first_maximum(s_h)).squeeze(-1) if math.isinf(T) else (_attention(s_h, T) * s_h).sum(-1)
+        pooled = (
+            s_h.gather(-1, _first_maximum(s_h)).squeeze(-1) if math.isinf(T) else (_attention(s_h, T) * s_h).sum(-1)
+        )
         logits = logits + lam_h * pooled
     return logits.to(x.dtype)
 
