@@ -1,0 +1,57 @@
+"""Keeping count of unreadable data: each item is named once, all are counted, and a policy says whether to go on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from mlhead._usage import UsageError
+from mlhead.data.loading import BadSample
+
+POLICIES = ("skip", "error")
+
+
+class BadDataLog:
+    """What could not be used, by name.
+
+    Args:
+        policy: "skip" goes on without the bad items after reporting them; "error" raises at the first.
+        say: where a line for the user goes.
+        file: a text file that gets every item, however many there are; None for none.
+        shown: how many are shown to the user before only the count goes on.
+    """
+
+    def __init__(self, policy: str, say: Callable[[str], None], file: Path | None = None, shown: int = 20) -> None:
+        self.policy, self.say, self.file, self.shown = policy, say, file, shown
+        self.names: dict[str, str] = {}
+
+    def add(self, items: Iterable[BadSample]) -> None:
+        """Reports items not seen before.
+
+        Raises:
+            UsageError: there is one and the policy is "error".
+        """
+        new = [item for item in items if item.name not in self.names]
+        if not new:
+            return
+        for item in new:
+            self.names[item.name] = item.reason
+            if len(self.names) <= self.shown:
+                self.say(f"bad data: {item.name}: {item.reason}")
+            elif len(self.names) == self.shown + 1:
+                self.say(
+                    f"bad data: more; all of them are in {self.file}" if self.file else "bad data: more, counted only"
+                )
+        if self.file is not None:
+            with self.file.open("a", encoding="utf-8") as out:
+                out.writelines(f"{item.name}: {item.reason}\n" for item in new)
+        if self.policy == "error":
+            rest = f" and {len(new) - 1} more" if len(new) > 1 else ""
+            raise UsageError(f"bad data, and --on-bad-data is error: {new[0].name}: {new[0].reason}{rest}")
+
+    def summary(self) -> str:
+        """One line for the end of a run, or an empty string when nothing was bad."""
+        if not self.names:
+            return ""
+        where = f"; listed in {self.file}" if self.file else ""
+        return f"bad data: {len(self.names)} rows or images were left out{where}"

@@ -1,0 +1,136 @@
+"""Checkpoints: whole or absent, every damaged byte found, random states exact."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mlhead.checkpoints import (
+    CheckpointError,
+    load_checkpoint,
+    random_state,
+    remove_leftovers,
+    save_checkpoint,
+    set_random_state,
+    write_atomically,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def test_round_trip(tmp_path):
+    state = {
+        "step": 7,
+        "model": {"w": torch.randn(3, 4), "half": torch.randn(5).bfloat16()},
+        "config": {"lr": 0.1, "n": None},
+    }
+    save_checkpoint(tmp_path / "deep/er/last.pt", state)
+    got = load_checkpoint(tmp_path / "deep/er/last.pt")
+    assert torch.equal(got["model"]["w"], state["model"]["w"])
+    assert torch.equal(got["model"]["half"], state["model"]["half"])
+    assert got["config"] == state["config"]
+    assert [p.name for p in (tmp_path / "deep/er").iterdir()] == ["last.pt"]
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1})
+
+    def fail_halfway(file):
+        file.write(b"half of a checkpoint")
+        raise OSError("no space left on device")
+
+    with pytest.raises(OSError, match="no space"):
+        write_atomically(path, fail_halfway)
+    assert load_checkpoint(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_kill_during_writing_leaves_a_whole_checkpoint(tmp_path):
+    path = tmp_path / "last.pt"
+    program = (
+        "import torch, sys\nfrom pathlib import Path\nfrom mlhead.checkpoints import save_checkpoint\n"
+        "for step in range(10**6):\n"
+        "    save_checkpoint(Path(sys.argv[1]), {'step': step, 'w': torch.full((300_000,), float(step))})"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(path)], cwd=ROOT)
+    try:
+        deadline = time.monotonic() + 60
+        while not path.exists():
+            assert process.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        time.sleep(0.2)
+    finally:
+        process.kill()
+        process.wait()
+    state = load_checkpoint(path)
+    assert (state["w"] == float(state["step"])).all()
+    remove_leftovers(tmp_path)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_every_flipped_byte_is_found(tmp_path):
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1, "w": torch.arange(4000.0)})
+    good = path.read_bytes()
+    at = good.index(torch.arange(4000.0).numpy().tobytes()[:4000])
+    for position in (at, at + 7777, at + 15_999):
+        damaged = bytearray(good)
+        damaged[position] ^= 0x10
+        path.write_bytes(bytes(damaged))
+        assert not torch.equal(
+            torch.load(path, weights_only=True)["w"], torch.arange(4000.0)
+        )  # torch alone says nothing
+        with pytest.raises(
+            CheckpointError, match=r"last\.pt is damaged or cut short \(checksum of .* restore it from a copy"
+        ):
+            load_checkpoint(path)
+
+
+@pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])
+def test_a_cut_file_is_refused_and_the_other_one_named(tmp_path, keep):
+    save_checkpoint(tmp_path / "best.pt", {"step": 1})
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 2, "w": torch.randn(1000)})
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if isinstance(keep, float) else keep])
+    with pytest.raises(CheckpointError, match=r"last\.pt is damaged.*nothing was loaded; try .*best\.pt instead"):
+        load_checkpoint(path)
+
+
+def test_other_files_are_refused(tmp_path):
+    with pytest.raises(CheckpointError, match="must be an existing file, got"):
+        load_checkpoint(tmp_path / "none.pt")
+    with pytest.raises(CheckpointError, match=r"got the folder .* did you mean .*best\.pt"):
+        load_checkpoint(tmp_path)
+    torch.save({"w": torch.zeros(2)}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"written by mlhead train, got .*weights\.pt"):
+        load_checkpoint(tmp_path / "weights.pt")
+    torch.save(random.Random(0), tmp_path / "object.pt")  # unpickling an arbitrary object would run its code
+    with pytest.raises(CheckpointError, match="nothing was loaded"):
+        load_checkpoint(tmp_path / "object.pt")
+    save_checkpoint(tmp_path / "new.pt", {"format": 99})
+    with pytest.raises(CheckpointError, match="update mlhead"):
+        load_checkpoint(tmp_path / "new.pt")
+
+
+def test_random_states_survive_a_checkpoint(tmp_path):
+    random.seed(1)
+    np.random.seed(2)
+    torch.manual_seed(3)
+    np.random.randn()  # leaves a cached second normal number, part of the state
+    random.gauss(0, 1)
+    save_checkpoint(tmp_path / "r.pt", {"random": random_state()})
+    want = random.gauss(0, 1), random.random(), np.random.randn(), np.random.randn(), torch.randn(5)
+    set_random_state(load_checkpoint(tmp_path / "r.pt")["random"])
+    got = random.gauss(0, 1), random.random(), np.random.randn(), np.random.randn(), torch.randn(5)
+    assert want[:4] == got[:4]
+    assert torch.equal(want[4], got[4])
