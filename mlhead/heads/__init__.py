@@ -1,0 +1,17 @@
+"""The heads: modules that turn features, maps (B, D, H, W) or tokens (B, L, D), into logits (B, C)."""
+
+from ._base import Head
+from .csra import CSRAHead
+from .gap import GAPHead
+from .ml_decoder import MLDecoder
+from .transformer_decoder import TransformerDecoder
+
+# What attach_head and the command line call them.
+HEADS: dict[str, type[Head]] = {
+    "gap": GAPHead,
+    "csra": CSRAHead,
+    "ml_decoder": MLDecoder,
+    "transformer_decoder": TransformerDecoder,
+}
+
+__all__ = ["HEADS", "CSRAHead", "GAPHead", "Head", "MLDecoder", "TransformerDecoder"]

@@ -1,0 +1,150 @@
+"""What every head has: its interface, the checks of its features, and the bias at a class prior."""
+
+from __future__ import annotations
+
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check
+
+
+class Head(nn.Module):
+    """A classification head: features in, logits (B, C) out.
+
+    Features are maps (B, D, H, W), contiguous or channels-last, or tokens (B, L, D). A subclass gives `forward`,
+    `reset`, `reset_parameters` and `attention_maps`.
+
+    Args:
+        in_features: D, the width of the features.
+        num_classes: C.
+        prior: None, or the probability in (0, 1) that every class has at the start, by way of the bias. A small one
+            (the share of positives among all labels) spares a multi-label run the steps that only learn that most
+            labels are absent. `set_prior` takes one probability per class.
+    """
+
+    in_features: int
+    num_classes: int
+
+    def __init__(self, in_features: int, num_classes: int, prior: float | None = None) -> None:
+        super().__init__()
+        where = type(self).__name__
+        _check.check_positive(where, "in_features", in_features)
+        _check.check_positive(where, "num_classes", num_classes)
+        if prior is not None and not 0.0 < prior < 1.0:
+            _check.fail(where, "prior", "in (0, 1)", prior)
+        self.in_features = in_features
+        self.num_classes = num_classes
+        self.prior = prior
+
+    @abstractmethod
+    def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, C) of features (B, D, H, W) or (B, L, D); what precedes the last layer if `pre_logits`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def reset(self, num_classes: int) -> None:
+        """Makes the head one of `num_classes` classes, with a new last layer of the same dtype and device."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def reset_parameters(self) -> None:
+        """Draws all parameters anew."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
+        """Where the chosen classes look.
+
+        Args:
+            features: (B, D, H, W) or (B, L, D).
+            classes: Class indices, (K,) for all images or (B, K) for each its own.
+
+        Returns:
+            Weights (B, K, L), at least 0, over the positions (row-major for maps).
+        """
+        raise NotImplementedError
+
+    def _bias_and_gain(self) -> tuple[Tensor | None, float]:
+        """The bias to set for a prior, of which the last axis is C, and what multiplies it in the logits."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def set_prior(self, prior: float | Tensor) -> None:
+        """Sets the bias so that features of no influence give the probabilities `prior`.
+
+        Args:
+            prior: One probability in (0, 1) for all classes, or (C,), for example each class's share of the images.
+                Values are clamped to [1e-6, 1 - 1e-6], so that a class never seen does not get an infinite bias.
+        """
+        bias, gain = self._bias_and_gain()
+        if bias is None:
+            _check.fail(type(self).__name__, "bias", "True for a prior", False)
+        p = torch.as_tensor(prior, dtype=torch.float64).detach()
+        if p.ndim:
+            _check.check_shape(type(self).__name__, "prior", p, "(C,)", (self.num_classes,))
+        logit = torch.logit(p.clamp(1e-6, 1 - 1e-6)) / gain
+        bias.copy_(logit.to(bias.device, bias.dtype).expand_as(bias))
+
+    def _start_bias(self) -> None:
+        """The bias at the start: 0, or at the prior."""
+        if self.prior is not None:
+            self.set_prior(self.prior)
+            return
+        bias, _ = self._bias_and_gain()
+        if bias is not None:
+            nn.init.zeros_(bias)
+
+    def _check_features(self, features: Tensor, like: Tensor) -> None:
+        """Rank, width and dtype of the features; at least one position."""
+        where = type(self).__name__
+        _check.check_tensor(where, "features", features)
+        D = self.in_features
+        if features.ndim not in (3, 4) or features.shape[1 if features.ndim == 4 else 2] != D:
+            _check.fail(where, "features", f"maps (B, {D}, H, W) or tokens (B, L, {D})", tuple(features.shape))
+        positions = features.shape[1] if features.ndim == 3 else features.shape[2] * features.shape[3]
+        if positions == 0:
+            _check.fail(where, "features", "of at least one position (L > 0)", tuple(features.shape))
+        if features.dtype != like.dtype and not torch.is_autocast_enabled(features.device.type):
+            must = f"{like.dtype} like the head's parameters, or used under torch.autocast"
+            _check.fail(where, "features", must, features.dtype, TypeError)
+
+    def _check_classes(self, classes: Tensor | Sequence[int], features: Tensor) -> Tensor:
+        """Class indices (K,) or (B, K) as int64 on the device of the features."""
+        where = type(self).__name__
+        indices = torch.as_tensor(classes)
+        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
+            _check.fail(where, "classes", "integers", indices.dtype, TypeError)
+        B = features.shape[0]
+        if indices.ndim not in (1, 2) or (indices.ndim == 2 and indices.shape[0] != B):
+            _check.fail(where, "classes", f"(K,) or (B, K) with B = {B}", tuple(indices.shape))
+        if indices.numel() and not (indices.min() >= 0 and indices.max() < self.num_classes):
+            found = f"{indices.min().item()} to {indices.max().item()}"
+            _check.fail(where, "classes", f"in [0, {self.num_classes})", found)
+        return indices.to(features.device, torch.int64)
+
+
+def as_tokens(features: Tensor) -> Tensor:
+    """Features as tokens (B, L, D); a view wherever the strides allow one."""
+    return features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
+
+
+def check_rate(where: str, argument: str, value: float) -> float:
+    """A dropout rate in [0, 1)."""
+    _check.check_probability(where, argument, value)
+    return value
+
+
+def linear_init(weight: Tensor, fan_in: int) -> None:
+    """The default of torch's Linear and Conv2d: uniform in +-1 / sqrt(fan_in)."""
+    bound = 1.0 / math.sqrt(fan_in)
+    nn.init.uniform_(weight, -bound, bound)
+
+
+def factory(like: Tensor) -> dict[str, Any]:
+    """The device and dtype keywords of a tensor."""
+    return {"device": like.device, "dtype": like.dtype}

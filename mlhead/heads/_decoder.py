@@ -1,0 +1,166 @@
+"""What MLDecoder and TransformerDecoder share: memory, queries, one decoder layer, the group fully-connected layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _check
+from ..ops import group_fc
+from ._base import Head, as_tokens, factory
+from ._layer import DecoderLayer
+
+Queries = Literal["fixed", "learnable"] | Tensor
+GROUP_INITS = ("xavier3d", "per_class")
+
+
+class DecoderHead(Head):
+    """A head of G queries that read the image by attention and then make the logits of their own classes.
+
+    Use `MLDecoder` or `TransformerDecoder`.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        groups: int,
+        *,
+        embed_dim: int,
+        num_heads: int,
+        feedforward_dim: int,
+        dropout: float,
+        queries: Queries,
+        group_init: str,
+        prior: float | None,
+        self_attention: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        super().__init__(in_features, num_classes, prior)
+        where = type(self).__name__
+        _check.check_choice(where, "group_init", group_init, GROUP_INITS)
+        self.embed_dim, self.group_init = embed_dim, group_init
+        self.layers = nn.ModuleList(
+            [
+                DecoderLayer(
+                    embed_dim,
+                    num_heads,
+                    feedforward_dim,
+                    dropout,
+                    self_attention=self_attention,
+                    device=device,
+                    dtype=dtype,
+                )
+            ]
+        )
+        self.embed_standart = nn.Linear(in_features, embed_dim, device=device, dtype=dtype)
+        self._make_last(groups, queries, self.embed_standart.weight)
+        self.reset_parameters()
+
+    def _make_last(self, groups: int, queries: Queries | None, like: Tensor) -> None:
+        """New queries (unless None) and a new group layer, of the device and dtype of `like`, not yet drawn."""
+        E, C = self.embed_dim, self.num_classes
+        self.groups = groups
+        if queries is not None:
+            _check_queries(type(self).__name__, queries, groups, E)
+            self.queries = queries if isinstance(queries, str) else "given"
+            self.query_embed = nn.Embedding(groups, E, **factory(like))
+            self.query_embed.weight.requires_grad_(self.queries == "learnable")
+            if isinstance(queries, Tensor):
+                with torch.no_grad():
+                    self.query_embed.weight.copy_(queries)
+        self.duplicate_pooling = nn.Parameter(like.new_empty(groups, E, -(-C // groups)))
+        self.duplicate_pooling_bias = nn.Parameter(like.new_empty(C))
+
+    def _reset_last(self, num_classes: int, groups: int, queries: Queries | None) -> None:
+        _check.check_positive(type(self).__name__, "num_classes", num_classes)
+        if queries is None and groups != self.groups:
+            if self.queries == "given":
+                must = f"given anew for {groups} groups (they were given for {self.groups})"
+                _check.fail(type(self).__name__, "queries", must, None)
+            queries = "learnable" if self.queries == "learnable" else "fixed"
+        self.num_classes = num_classes
+        self._make_last(groups, queries, self.embed_standart.weight)
+        if queries is not None and self.queries != "given":
+            self.query_embed.reset_parameters()
+        self._reset_group_fc()
+
+    def _reset_group_fc(self) -> None:
+        weight = self.duplicate_pooling
+        if self.group_init == "per_class":
+            bound = 1.0 / math.sqrt(self.embed_dim)
+            nn.init.uniform_(weight, -bound, bound)
+        else:
+            nn.init.xavier_normal_(weight)
+        self._start_bias()
+
+    def reset_parameters(self) -> None:
+        """Draws everything anew but given queries."""
+        for layer in self.layers:
+            layer.reset_parameters()  # type: ignore[operator]
+        self.embed_standart.reset_parameters()
+        if self.queries != "given":
+            self.query_embed.reset_parameters()
+        self._reset_group_fc()
+
+    def _bias_and_gain(self) -> tuple[Tensor | None, float]:
+        return self.duplicate_pooling_bias, 1.0
+
+    def _memory(self, features: Tensor) -> Tensor:
+        self._check_features(features, self.embed_standart.weight)
+        return F.relu(self.embed_standart(as_tokens(features)))
+
+    def forward(self, features: Tensor, pre_logits: bool = False, key_mask: Tensor | None = None) -> Tensor:
+        """Logits (B, C) of maps (B, D, H, W) or tokens (B, L, D).
+
+        Args:
+            features: (B, D, H, W) or (B, L, D).
+            pre_logits: Return the decoded queries (B, G, E) instead.
+            key_mask: (B, L) bool, True where a position may be attended, or None for all.
+
+        Returns:
+            (B, C), or (B, G, E).
+        """
+        memory = self._memory(features)
+        h = self.layers[0](self.query_embed.weight, memory, key_mask)
+        return h if pre_logits else group_fc(h, self.duplicate_pooling, self.duplicate_pooling_bias, self.num_classes)
+
+    def attention_maps(
+        self, features: Tensor, classes: Tensor | Sequence[int], key_mask: Tensor | None = None
+    ) -> Tensor:
+        """The attention of each chosen class's query, the mean over the heads, without dropout.
+
+        Args:
+            features: (B, D, H, W) or (B, L, D).
+            classes: Class indices, (K,) for all images or (B, K) for each its own. Classes of one group share a map.
+            key_mask: (B, L) bool, True where a position may be attended, or None for all.
+
+        Returns:
+            (B, K, L), at least 0, each row of sum 1.
+        """
+        memory = self._memory(features)
+        chosen = self._check_classes(classes, features) // self.duplicate_pooling.shape[2]
+        layer = self.layers[0]
+        assert isinstance(layer, DecoderLayer)
+        return layer.attention_weights(self.query_embed.weight, memory, chosen, key_mask)
+
+    def extra_repr(self) -> str:
+        """What the printed module shows."""
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, groups={self.groups}, "
+            f"embed_dim={self.embed_dim}, queries={self.queries!r}, group_init={self.group_init!r}"
+        )
+
+
+def _check_queries(where: str, queries: Queries, groups: int, embed_dim: int) -> None:
+    if isinstance(queries, Tensor):
+        _check.check_tensor(where, "queries", queries)
+        _check.check_shape(where, "queries", queries, "(G, E)", (groups, embed_dim))
+    elif not isinstance(queries, str) or queries not in ("fixed", "learnable"):
+        _check.fail(where, "queries", "'fixed', 'learnable' or a tensor (G, E)", repr(queries))

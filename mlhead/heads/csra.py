@@ -1,0 +1,195 @@
+"""The CSRA head: class-specific residual attention."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .. import _check
+from ..ops import csra_attention, csra_pool
+from ._base import Head, as_tokens, factory, linear_init
+
+# Temperatures by number of heads; the paper's last head always takes the maximum.
+TEMPERATURES: dict[int, tuple[float, ...]] = {
+    1: (1.0,),
+    2: (1.0, math.inf),
+    4: (1.0, 2.0, 4.0, math.inf),
+    6: (1.0, 2.0, 3.0, 4.0, 5.0, math.inf),
+    8: (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, math.inf),
+}
+
+
+class CSRAHead(Head):
+    """Class-specific residual attention: per class, the mean of its scores plus their attention-weighted mean.
+
+    logits[b, c] = sum_h ( mean_l s[h, b, c, l] + lam * sum_l softmax_l(T_h s[h, b, c, :])_l s[h, b, c, l] )
+    with s[h, b, c, l] = sum_d x[b, l, d] weight[h, c, d] + bias[h, c], weight optionally divided by its norm over d
+
+    Args:
+        in_features: D, the width of the features.
+        num_classes: C.
+        num_heads: H, each with its own classifier and temperature. By default the number of temperatures, or 1.
+        temperatures: H numbers above 0, `math.inf` for the maximum. By default the paper's for 1, 2, 4, 6, 8 heads.
+        lam: Weight of the attention, one number or one per head.
+        normalize: Whether each class's weight is divided by its norm.
+        bias: Whether there is a bias; it counts 1 + lam times in each head.
+        prior: Probability of every class at the start, see `Head`; needs a bias.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    State dict: `weight` (H, C, D), `bias` (H, C). `weight[i]` is `classifier.multi_head.<i>.head.weight` of public
+    checkpoints, without the two axes of length 1.
+
+    Source:
+        CSRA, Eq. 2-8 and 13, section 3.4.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        num_heads: int | None = None,
+        temperatures: Sequence[float] | None = None,
+        lam: float | Sequence[float] = 0.1,
+        normalize: bool = True,
+        bias: bool = False,
+        prior: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, prior)
+        self.temperatures = _temperatures(num_heads, temperatures)
+        self.num_heads = H = len(self.temperatures)
+        self.lam: float | tuple[float, ...] = float(lam) if isinstance(lam, (int, float)) else tuple(map(float, lam))
+        if isinstance(self.lam, tuple) and len(self.lam) != H:
+            _check.fail("CSRAHead", "lam", f"a number or {H} numbers, one per head", lam)
+        if prior is not None and not bias:
+            _check.fail("CSRAHead", "bias", "True for a prior", bias)
+        self.normalize = normalize
+        self.weight = nn.Parameter(torch.empty(H, num_classes, in_features, device=device, dtype=dtype))
+        self.bias = nn.Parameter(torch.empty(H, num_classes, device=device, dtype=dtype)) if bias else None
+        self.reset_parameters()
+
+    @classmethod
+    def from_linear(
+        cls, linear: nn.Linear | nn.Conv2d, *, lam: float = 0.2, temperatures: Sequence[float] = (math.inf,)
+    ) -> CSRAHead:
+        """A head around a classifier trained with average pooling; better without any further training.
+
+        logits = y_avg + lam * y_max    (temperatures = (inf,))
+
+        Args:
+            linear: The trained classifier, Linear or 1x1 Conv2d; its parameters are copied.
+            lam: The paper's fixed value is 0.02 for ResNets and 0.2 for all other models.
+            temperatures: The same classifier serves all of them.
+
+        Source:
+            CSRA, Fig. 1 and Table 1.
+        """
+        C, D = linear.weight.shape[:2]
+        if linear.weight.numel() != C * D:
+            _check.fail("CSRAHead", "linear", "a Linear or a 1x1 Conv2d", f"a weight {tuple(linear.weight.shape)}")
+        head = cls(
+            D,
+            C,
+            temperatures=temperatures,
+            lam=lam,
+            normalize=False,
+            bias=linear.bias is not None,
+            **factory(linear.weight),
+        )
+        with torch.no_grad():
+            head.weight.copy_(linear.weight.reshape(C, D))
+            if head.bias is not None and linear.bias is not None:
+                head.bias.copy_(linear.bias)
+        return head
+
+    def reset_parameters(self) -> None:
+        """Weight uniform in +-1/sqrt(D), as torch's Conv2d; bias 0, or at the prior."""
+        linear_init(self.weight, self.in_features)
+        self._start_bias()
+
+    def reset(self, num_classes: int) -> None:
+        """Replaces the classifiers by new ones of `num_classes` classes, of the same dtype and device."""
+        _check.check_positive("CSRAHead", "num_classes", num_classes)
+        weight = self.weight
+        self.num_classes = num_classes
+        self.weight = nn.Parameter(weight.new_empty(self.num_heads, num_classes, self.in_features))
+        if self.bias is not None:
+            self.bias = nn.Parameter(weight.new_empty(self.num_heads, num_classes))
+        self.reset_parameters()
+
+    def _bias_and_gain(self) -> tuple[Tensor | None, float]:
+        lams = self.lam if isinstance(self.lam, tuple) else (self.lam,) * self.num_heads
+        return self.bias, sum(1.0 + lam for lam in lams)
+
+    def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, C) of maps (B, D, H, W) or tokens (B, L, D), which are read where they lie.
+
+        With `pre_logits` the mean of the features over the positions (B, D): the part of the pooling that is the same
+        for all classes.
+        """
+        self._check_features(features, self.weight)
+        if pre_logits:
+            return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+        return csra_pool(
+            features,
+            self.weight,
+            self.bias,
+            temperatures=self.temperatures,
+            lam=self.lam,
+            normalize=self.normalize,
+        )
+
+    def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
+        """The attention softmax_l(T s) of the chosen classes, averaged over the heads.
+
+        Args:
+            features: (B, D, H, W) or (B, L, D).
+            classes: Class indices, (K,) for all images or (B, K) for each its own.
+
+        Returns:
+            (B, K, L), at least 0, each row of sum 1; a head with T = inf puts 1 on the first maximal position.
+
+        Source:
+            CSRA, Eq. 2, Fig. 4.
+        """
+        self._check_features(features, self.weight)
+        indices = self._check_classes(classes, features)
+        shared = indices.ndim == 1
+        pairs = [(features, indices)] if shared else list(zip(features.split(1), indices, strict=True))
+        maps = [
+            csra_attention(x, self.weight, c, temperatures=self.temperatures, normalize=self.normalize)
+            for x, c in pairs
+        ]
+        return (
+            torch.cat(maps).mean(1) if maps else features.new_empty(0, indices.shape[1], as_tokens(features).shape[1])
+        )
+
+    def extra_repr(self) -> str:
+        """What the printed module shows."""
+        return (
+            f"in_features={self.in_features}, num_classes={self.num_classes}, temperatures={self.temperatures}, "
+            f"lam={self.lam}, normalize={self.normalize}, bias={self.bias is not None}"
+        )
+
+
+def _temperatures(num_heads: int | None, temperatures: Sequence[float] | None) -> tuple[float, ...]:
+    if num_heads is not None:
+        _check.check_positive("CSRAHead", "num_heads", num_heads)
+    if temperatures is None:
+        H = 1 if num_heads is None else num_heads
+        if H not in TEMPERATURES:
+            must = f"given for {H} heads (defaults exist for {', '.join(map(str, TEMPERATURES))})"
+            _check.fail("CSRAHead", "temperatures", must, None)
+        return TEMPERATURES[H]
+    chosen = tuple(float(t) for t in temperatures)
+    if not chosen or not all(t > 0 for t in chosen):
+        _check.fail("CSRAHead", "temperatures", "at least one number, all above 0", temperatures)
+    if num_heads is not None and len(chosen) != num_heads:
+        _check.fail("CSRAHead", "temperatures", f"of length num_heads = {num_heads}", temperatures)
+    return chosen

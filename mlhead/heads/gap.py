@@ -1,0 +1,92 @@
+"""The baseline head: global average pooling and a linear classifier."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .. import _check
+from ._base import Head, check_rate, factory, linear_init
+
+
+class GAPHead(Head):
+    """Global average pooling, then a linear classifier.
+
+    logits[b, c] = sum_d mean_l(x[b, l, d]) * weight[c, d] + bias[c]
+
+    Args:
+        in_features: D, the width of the features.
+        num_classes: C.
+        bias: Whether there is a bias.
+        dropout: Rate in [0, 1) on the pooled features.
+        prior: Probability of every class at the start, see `Head`.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    State dict: `fc.weight` (C, D), `fc.bias` (C).
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        *,
+        bias: bool = True,
+        dropout: float = 0.0,
+        prior: float | None = None,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(in_features, num_classes, prior)
+        self.dropout = check_rate("GAPHead", "dropout", dropout)
+        self.fc = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Weight uniform in +-1/sqrt(D), as torch's Linear; bias 0, or at the prior."""
+        linear_init(self.fc.weight, self.in_features)
+        self._start_bias()
+
+    def reset(self, num_classes: int) -> None:
+        """Replaces the classifier by a new one of `num_classes` classes, of the same dtype and device."""
+        _check.check_positive("GAPHead", "num_classes", num_classes)
+        weight = self.fc.weight
+        self.num_classes = num_classes
+        self.fc = nn.Linear(self.in_features, num_classes, bias=self.fc.bias is not None, **factory(weight))
+        self.reset_parameters()
+
+    def _bias_and_gain(self) -> tuple[Tensor | None, float]:
+        return self.fc.bias, 1.0
+
+    def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, C) of maps (B, D, H, W) or tokens (B, L, D); the pooled features (B, D) if `pre_logits`."""
+        self._check_features(features, self.fc.weight)
+        pooled = features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+        pooled = F.dropout(pooled, self.dropout, self.training)
+        return pooled if pre_logits else self.fc(pooled)
+
+    def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
+        """Class activation maps: the positive part of each position's score, divided by its sum.
+
+        Args:
+            features: (B, D, H, W) or (B, L, D).
+            classes: Class indices, (K,) for all images or (B, K) for each its own.
+
+        Returns:
+            (B, K, L), at least 0, each row of sum 1; or of 0 where the class has no positive score anywhere.
+
+        Source:
+            Zhou et al., Learning Deep Features for Discriminative Localization, Eq. 2, without the bias.
+        """
+        self._check_features(features, self.fc.weight)
+        weight = self.fc.weight[self._check_classes(classes, features)]  # (K, D) or (B, K, D)
+        scores = weight @ (features.flatten(2) if features.ndim == 4 else features.transpose(1, 2))
+        scores = scores.float().relu()
+        return scores / scores.sum(2, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
+
+    def extra_repr(self) -> str:
+        """What the printed module shows."""
+        return f"in_features={self.in_features}, num_classes={self.num_classes}, dropout={self.dropout}"

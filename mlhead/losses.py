@@ -1,0 +1,367 @@
+"""Losses on logits (B, C): binary cross-entropy, the asymmetric loss, softmax cross-entropy.
+
+All compute in fp32 (fp64 for fp64 logits), whatever the dtype of the logits and under autocast, and return that dtype.
+Targets are dense. Their values are checked without waiting for a GPU: on the CPU by an error that names them; on CUDA
+by an asynchronous device assertion; not at all while something traces.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from . import _check
+
+REDUCTIONS = ("none", "mean", "sum")
+
+
+def _may_read_values() -> bool:
+    """Whether values are at hand: no tracing, no torch.func transform, no tensor mode such as FakeTensorMode."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.maybe_current_level() is None and torch._C._len_torch_dispatch_stack() == 0
+
+
+def _check_values(where: str, targets: Tensor, low: float, high: float) -> None:
+    """All values of `targets` in [low, high] and none NaN, checked without a device synchronisation."""
+    if targets.numel() == 0 or targets.dtype == torch.bool or not _may_read_values() or type(targets) is not Tensor:
+        return
+    if targets.device.type not in ("cpu", "cuda"):
+        return
+    # One pass over the targets; aminmax hands NaN on, and NaN fails both comparisons.
+    smallest, largest = torch.aminmax(targets.detach())
+    if targets.device.type == "cuda":
+        torch._assert_async((smallest >= low) & (largest <= high))
+    elif not (smallest >= low and largest <= high):
+        found = "NaN" if math.isnan(smallest.item()) else f"values from {smallest.item():g} to {largest.item():g}"
+        _check.fail(where, "targets", f"in [{low:g}, {high:g}] and not NaN", found)
+
+
+def _prepare(where: str, logits: Tensor, reduction: str) -> Tensor:
+    """The logits, checked, in the dtype of the arithmetic."""
+    _check.check_tensor(where, "logits", logits)
+    _check.check_ndim(where, "logits", logits, "(B, C)")
+    _check.check_choice(where, "reduction", reduction, REDUCTIONS)
+    return logits if logits.dtype == torch.float64 else logits.float()
+
+
+def _dense_targets(where: str, targets: Tensor, z: Tensor, smoothing: float) -> Tensor:
+    """Targets (B, C) in [0, 1], checked, in the dtype of the arithmetic, smoothed."""
+    if not isinstance(targets, Tensor):
+        _check.fail(where, "targets", "a torch.Tensor", type(targets).__name__, TypeError)
+    if targets.is_complex():
+        _check.fail(where, "targets", "real", targets.dtype, TypeError)
+    _check.check_shape(where, "targets", targets, "(B, C)", z.shape)
+    _check_device(where, "targets", targets, z)
+    _check_values(where, targets, 0, 1)
+    y = targets.to(z.dtype)
+    return y * (1.0 - smoothing) + 0.5 * smoothing if smoothing else y
+
+
+def _check_device(where: str, argument: str, tensor: Tensor, z: Tensor) -> None:
+    if tensor.device != z.device:
+        _check.fail(where, argument, f"on {z.device} like logits", tensor.device)
+
+
+def _finish(where: str, loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """Weights, then the reduction; a mean over nothing is 0, so that an empty batch does no harm."""
+    if weight is not None:
+        _check.check_tensor(where, "weight", weight)
+        _check_device(where, "weight", weight, loss)
+        if weight.shape != loss.shape[:1] and weight.shape != loss.shape:
+            must = f"(B,) = {tuple(loss.shape[:1])}"
+            if loss.ndim == 2:
+                must += f" or (B, C) = {tuple(loss.shape)}"
+            _check.fail(where, "weight", must, tuple(weight.shape))
+        weight = weight.to(loss.dtype)
+        loss = loss * (weight.unsqueeze(1) if weight.ndim < loss.ndim else weight)
+    if reduction == "none":
+        return loss
+    if reduction == "sum" or loss.numel() == 0:
+        return loss.sum()
+    return loss.mean()
+
+
+def binary_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    pos_weight: Tensor | None = None,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Binary cross-entropy of every class on its own.
+
+    loss[b, c] = -( pos_weight[c] * y log p + (1 - y) log(1 - p) ) * weight    with p = sigmoid(logits[b, c])
+
+    Args:
+        logits: (B, C), any floating dtype.
+        targets: y (B, C) in [0, 1], bool, integer or floating.
+        pos_weight: (C,), what a positive of each class counts, or None.
+        weight: (B,) per sample or (B, C) per element, or None.
+        label_smoothing: s in [0, 1): y becomes y (1 - s) + s / 2.
+        reduction: "none" gives (B, C); "sum" the sum; "mean" the sum divided by B * C, whatever the weights.
+
+    Returns:
+        fp32, or fp64 for fp64 logits. The mean over an empty batch is 0.
+
+    Raises:
+        ValueError: A shape, a device, a choice, or on the CPU a target's value, does not fit.
+        TypeError: An argument has no usable dtype.
+
+    Numerics:
+        log-sum-exp form: finite for every finite logit, and the gradient does not vanish for confident errors.
+    """
+    where = "binary_cross_entropy"
+    z = _prepare(where, logits, reduction)
+    _check.check_probability(where, "label_smoothing", label_smoothing)
+    y = _dense_targets(where, targets, z, label_smoothing)
+    if pos_weight is not None:
+        _check.check_tensor(where, "pos_weight", pos_weight)
+        _check.check_shape(where, "pos_weight", pos_weight, "(C,)", z.shape[1:])
+        _check_device(where, "pos_weight", pos_weight, z)
+        pos_weight = pos_weight.to(z.dtype)
+    loss = F.binary_cross_entropy_with_logits(z, y, pos_weight=pos_weight, reduction="none")
+    return _finish(where, loss, weight, reduction)
+
+
+def asymmetric_loss(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    gamma_neg: float = 4.0,
+    gamma_pos: float = 0.0,
+    margin: float = 0.05,
+    eps: float = 1e-8,
+    detach_focal: bool = True,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+) -> Tensor:
+    """Asymmetric loss (ASL): focal weights of their own for positives and negatives, easy negatives dropped.
+
+    loss[b, c] = -( y (1 - p)^gamma_pos log p + (1 - y) (1 - pm)^gamma_neg log pm ) * weight
+    with p = sigmoid(logits[b, c]) and pm = min(1 - p + margin, 1)
+
+    Args:
+        logits: (B, C), any floating dtype.
+        targets: y (B, C) in [0, 1], bool, integer or floating.
+        gamma_neg: Focusing of negatives, >= 0 (7 in the papers' Open Images runs).
+        gamma_pos: Focusing of positives, >= 0.
+        margin: m in [0, 1); a negative with p <= m costs nothing.
+        eps: Both logarithms are clamped to at least log(eps).
+        detach_focal: Whether the focal weights are constants in backward. True, the default, is what the published
+            ML-Decoder and ASL training scripts do; False is the gradient of the formula.
+        weight: (B,) per sample or (B, C) per element, or None.
+        reduction: "none" gives (B, C); "sum" the sum, which is what the published scripts use (with a learning rate
+            to match); "mean" the sum divided by B * C.
+
+    Returns:
+        fp32, or fp64 for fp64 logits. The mean over an empty batch is 0.
+
+    Raises:
+        ValueError: A shape, a device, a number, or on the CPU a target's value, does not fit.
+        TypeError: An argument has no usable dtype.
+
+    Numerics:
+        Finite values and gradients for every finite logit and every gamma. The clamp, part of the formula, ends the
+        gradient of a positive whose p is below eps.
+
+    Source:
+        Ridnik et al., Asymmetric Loss For Multi-Label Classification, Eq. 7; used by ML-Decoder.
+    """
+    where = "asymmetric_loss"
+    z = _prepare(where, logits, reduction)
+    for name, gamma in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos)):
+        if not gamma >= 0 or math.isinf(gamma):
+            _check.fail(where, name, "finite and at least 0", gamma)
+    _check.check_probability(where, "margin", margin)
+    if not 0.0 < eps < 1.0:
+        _check.fail(where, "eps", "in (0, 1)", eps)
+    y = _dense_targets(where, targets, z, 0.0)
+
+    p, q = torch.sigmoid(z), torch.sigmoid(-z)  # q = 1 - p without cancellation
+    positive = F.logsigmoid(z).clamp(min=math.log(eps))
+    negative = (q + margin).clamp(max=1.0).clamp(min=eps).log()
+    if gamma_pos > 0:
+        positive = positive * _focal(q, gamma_pos, detach_focal)
+    if gamma_neg > 0:
+        negative = negative * _focal((p - margin).clamp(min=0.0), gamma_neg, detach_focal)
+    return _finish(where, -(y * positive + (1.0 - y) * negative), weight, reduction)
+
+
+def _focal(base: Tensor, gamma: float, detach: bool) -> Tensor:
+    """base^gamma with a finite gradient at 0 too, which a gamma below 1 does not have by itself."""
+    if detach:
+        return base.detach() ** gamma
+    if gamma < 1:
+        base = base.clamp(min=torch.finfo(base.dtype).tiny)
+    return base**gamma
+
+
+def softmax_cross_entropy(
+    logits: Tensor,
+    targets: Tensor,
+    *,
+    weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
+    reduction: str = "mean",
+) -> Tensor:
+    """Cross-entropy of one softmax over all classes.
+
+    loss[b] = -sum_c y[b, c] log softmax(logits[b])[c] * weight[b]
+
+    Args:
+        logits: (B, C), any floating dtype.
+        targets: Class indices (B,), integer, in [0, C); or probabilities y (B, C), floating, in [0, 1], whose rows are
+            taken as they are, whatever they sum to. No index is special: there is no ignore_index.
+        weight: (B,) per sample, or None.
+        label_smoothing: s in [0, 1): y becomes y (1 - s) + s / C.
+        reduction: "none" gives (B,); "sum" the sum; "mean" the sum divided by B, whatever the weights.
+
+    Returns:
+        fp32, or fp64 for fp64 logits. The mean over an empty batch is 0.
+
+    Raises:
+        ValueError: A shape, a device, a choice, or on the CPU a target's value, does not fit.
+        TypeError: An argument has no usable dtype.
+    """
+    where = "softmax_cross_entropy"
+    z = _prepare(where, logits, reduction)
+    _check.check_probability(where, "label_smoothing", label_smoothing)
+    if not isinstance(targets, Tensor):
+        _check.fail(where, "targets", "a torch.Tensor", type(targets).__name__, TypeError)
+    log_p = F.log_softmax(z, dim=1)
+    if targets.is_floating_point():
+        loss = -(_dense_targets(where, targets, z, 0.0) * log_p).sum(1)
+    else:
+        if targets.dtype == torch.bool or targets.is_complex():
+            _check.fail(
+                where, "targets", "class indices (integer) or probabilities (floating)", targets.dtype, TypeError
+            )
+        B, C = z.shape
+        if tuple(targets.shape) != (B,):
+            must = f"class indices (B,) = {(B,)} or floating probabilities (B, C) = {(B, C)}"
+            _check.fail(where, "targets", must, f"{targets.dtype} {tuple(targets.shape)}")
+        _check_device(where, "targets", targets, z)
+        _check_values(where, targets, 0, C - 1)
+        loss = -log_p.gather(1, targets.long().unsqueeze(1)).squeeze(1)
+    if label_smoothing:
+        loss = (1.0 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
+    return _finish(where, loss, weight, reduction)
+
+
+class _Loss(nn.Module):
+    def __init__(self, reduction: str) -> None:
+        super().__init__()
+        _check.check_choice(type(self).__name__, "reduction", reduction, REDUCTIONS)
+        self.reduction = reduction
+
+
+class BinaryCrossEntropy(_Loss):
+    """`binary_cross_entropy` as a module; `pos_weight` is a buffer and moves with it.
+
+    Args:
+        pos_weight: (C,), or None.
+        label_smoothing: s in [0, 1).
+        reduction: "none", "mean" (over B * C) or "sum".
+    """
+
+    pos_weight: Tensor | None
+
+    def __init__(
+        self, *, pos_weight: Tensor | None = None, label_smoothing: float = 0.0, reduction: str = "mean"
+    ) -> None:
+        super().__init__(reduction)
+        self.register_buffer("pos_weight", pos_weight)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of logits (B, C) against targets (B, C)."""
+        return binary_cross_entropy(
+            logits,
+            targets,
+            pos_weight=self.pos_weight,
+            weight=weight,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """What the printed module shows."""
+        return f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
+
+
+class AsymmetricLoss(_Loss):
+    """`asymmetric_loss` as a module.
+
+    Args:
+        gamma_neg: Focusing of negatives.
+        gamma_pos: Focusing of positives.
+        margin: A negative with p <= margin costs nothing.
+        eps: The logarithms are clamped to at least log(eps).
+        detach_focal: Whether the focal weights are constants in backward; True, the default, as in the published
+            training scripts.
+        reduction: "none", "mean" (over B * C) or "sum".
+    """
+
+    def __init__(
+        self,
+        *,
+        gamma_neg: float = 4.0,
+        gamma_pos: float = 0.0,
+        margin: float = 0.05,
+        eps: float = 1e-8,
+        detach_focal: bool = True,
+        reduction: str = "mean",
+    ) -> None:
+        super().__init__(reduction)
+        self.gamma_neg, self.gamma_pos, self.margin, self.eps = gamma_neg, gamma_pos, margin, eps
+        self.detach_focal = detach_focal
+
+    def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of logits (B, C) against targets (B, C)."""
+        return asymmetric_loss(
+            logits,
+            targets,
+            gamma_neg=self.gamma_neg,
+            gamma_pos=self.gamma_pos,
+            margin=self.margin,
+            eps=self.eps,
+            detach_focal=self.detach_focal,
+            weight=weight,
+            reduction=self.reduction,
+        )
+
+    def extra_repr(self) -> str:
+        """What the printed module shows."""
+        return (
+            f"gamma_neg={self.gamma_neg}, gamma_pos={self.gamma_pos}, margin={self.margin}, eps={self.eps}, "
+            f"detach_focal={self.detach_focal}, reduction={self.reduction!r}"
+        )
+
+
+class SoftmaxCrossEntropy(_Loss):
+    """`softmax_cross_entropy` as a module.
+
+    Args:
+        label_smoothing: s in [0, 1).
+        reduction: "none", "mean" (over B) or "sum".
+    """
+
+    def __init__(self, *, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
+        super().__init__(reduction)
+        self.label_smoothing = label_smoothing
+
+    def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
+        """The loss of logits (B, C) against indices (B,) or probabilities (B, C)."""
+        return softmax_cross_entropy(
+            logits, targets, weight=weight, label_smoothing=self.label_smoothing, reduction=self.reduction
+        )
+
+    def extra_repr(self) -> str:
+        """What the printed module shows."""
+        return f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
