@@ -46,7 +46,8 @@ def _from_environment() -> str:
     return name
 
 
-_chosen: ContextVar[str] = ContextVar("mlhead_backend", default=_from_environment())
+_default = _from_environment()
+_chosen: ContextVar[str] = ContextVar("mlhead_backend", default=_default)
 _recorders: list[dict[str, str]] = []
 
 

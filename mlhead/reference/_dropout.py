@@ -21,7 +21,7 @@ def _int32(x: Tensor) -> Tensor:
 
 
 def _xor_shift(x: Tensor, bits: int) -> Tensor:
-    """x ^ (x >>> bits): torch shifts int32 arithmetically, so the copies of the sign are masked off."""
+    """The step x ^ (x >>> bits), in place: torch shifts int32 arithmetically, so the copies of the sign are masked off."""
     return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
 
 

@@ -1,0 +1,6 @@
+"""All cases: tests, benchmarks and audits run whatever is listed here."""
+
+from ..case import OpCase
+from . import csra_pool, group_fc, query_attention
+
+CASES: dict[str, OpCase] = {module.CASE.name: module.CASE for module in (group_fc, csra_pool, query_attention)}

@@ -1,0 +1,71 @@
+"""When is a result right: an error budget that is derived from plain torch's own error, never negotiated.
+
+    max |result - oracle|  <=  2 * max |torch - oracle| + eps * max |oracle|
+
+The oracle is the reference in fp64 on the same (rounded) inputs, `torch` the reference in the dtype of the result and
+eps the rounding unit of that dtype. An element that the oracle gives as exactly 0, such as the gradient of a class
+that does not exist, must be exactly 0; infinities and NaN must stand where the oracle has them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+TORCH_FACTOR = 2.0
+ROUNDING_UNIT = {
+    dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+
+
+@dataclass(frozen=True)
+class Grade:
+    """How far a result is from the oracle, and how far it may be.
+
+    Args:
+        error: max |result - oracle|.
+        torch_error: max |torch - oracle|.
+        budget: The most that `error` may be.
+        problem: What is wrong, or None.
+    """
+
+    error: float
+    torch_error: float
+    budget: float
+    problem: str | None
+
+
+def _largest(tensor: Tensor) -> float:
+    return tensor.abs().max().item() if tensor.numel() else 0.0
+
+
+def grade(result: Tensor, oracle: Tensor, plain: Tensor) -> Grade:
+    """Compares a result with the fp64 oracle, given what plain torch makes of it in the dtype of the result."""
+    if result.shape != oracle.shape:
+        return Grade(float("nan"), float("nan"), 0.0, f"shape {tuple(result.shape)} instead of {tuple(oracle.shape)}")
+    if result.dtype != plain.dtype:
+        return Grade(float("nan"), float("nan"), 0.0, f"{result.dtype} instead of {plain.dtype}")
+    oracle = oracle.detach().double().cpu()
+    wide, plain_wide = result.detach().double().cpu(), plain.detach().double().cpu()
+    # What fp64 holds and the dtype of the result does not becomes infinite there, as in plain torch.
+    finite = oracle.isfinite() & plain_wide.isfinite()
+    unlike = ~((wide == plain_wide) | (wide.isnan() & plain_wide.isnan()))
+    error, torch_error = _largest((wide - oracle)[finite]), _largest((plain_wide - oracle)[finite])
+    budget = TORCH_FACTOR * torch_error + ROUNDING_UNIT[result.dtype] * _largest(oracle[finite])
+    problem = None
+    if bool((~finite & unlike).any()):
+        problem = f"{int((~finite & unlike).sum())} elements differ where the oracle is not finite"
+    elif not error <= budget:  # NaN fails too
+        problem = f"error {error:.3g} exceeds the budget {budget:.3g} (plain torch: {torch_error:.3g})"
+    elif bool(((oracle == 0) & (plain_wide == 0) & (wide != 0)).any()):
+        problem = "an element that must be exactly 0 is not"
+    return Grade(error, torch_error, budget, problem)
+
+
+def check(name: str, result: Tensor, oracle: Tensor, plain: Tensor) -> Grade:
+    """As `grade`, but raises AssertionError with the name of the tensor when there is a problem."""
+    outcome = grade(result, oracle, plain)
+    assert outcome.problem is None, f"{name}: {outcome.problem}"
+    return outcome
