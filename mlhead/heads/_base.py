@@ -109,7 +109,7 @@ class Head(nn.Module):
         positions = features.shape[1] if features.ndim == 3 else features.shape[2] * features.shape[3]
         if positions == 0:
             _check.fail(where, "features", "of at least one position (L > 0)", tuple(features.shape))
-        if features.dtype != like.dtype and not torch.is_autocast_enabled(features.device.type):
+        if features.dtype != like.dtype and not _autocasts(features.device.type):
             must = f"{like.dtype} like the head's parameters, or used under torch.autocast"
             _check.fail(where, "features", must, features.dtype, TypeError)
 
@@ -126,6 +126,11 @@ class Head(nn.Module):
             found = f"{indices.min().item()} to {indices.max().item()}"
             _check.fail(where, "classes", f"in [0, {self.num_classes})", found)
         return indices.to(features.device, torch.int64)
+
+
+def _autocasts(device_type: str) -> bool:
+    # The meta device, among others, has no autocast and asking about it is an error.
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def as_tokens(features: Tensor) -> Tensor:
