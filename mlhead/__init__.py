@@ -9,7 +9,7 @@ if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "__init__.py
     __path__.append(str(_root.parent))
 
 from ._backend import BackendError, backend, record_backends  # noqa: E402
-from .ops import csra_attention, csra_pool, group_fc, query_attention, query_attention_weights  # noqa: E402
+from .ops import csra_attention, csra_pool, decompositions, group_fc, query_attention, query_attention_weights  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -17,6 +17,7 @@ __all__ = [
     "backend",
     "csra_attention",
     "csra_pool",
+    "decompositions",
     "group_fc",
     "query_attention",
     "query_attention_weights",

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from .. import _backend
 
+_all: list[FusedOp] = []
 _library = torch.library.Library("mlhead", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _functorch_level = torch._C._functorch.maybe_current_level
@@ -103,6 +104,7 @@ class FusedOp:
         _library.impl(f"{name}_backward", self._run_backward, "CompositeExplicitAutograd")
         torch.library.register_fake(f"mlhead::{name}", self._fake_forward, lib=_library)
         torch.library.register_fake(f"mlhead::{name}_backward", self._fake_backward, lib=_library)
+        _all.append(self)
         _library.impl(name, self._autograd, "Autograd")
         _library.impl(f"{name}_backward", self._autograd_backward, "Autograd")
 
@@ -262,3 +264,12 @@ class _Backward(torch.autograd.Function):
                 for i, grad in zip(wanted, inner, strict=True):
                     grads[2 + i] = grad
         return tuple(grads)
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """What each op is in plain ATen, for `ExportedProgram.run_decompositions` and ONNX: {library op: reference}."""
+
+    def without_backend(reference: Callable[..., Any]) -> Callable[..., Any]:
+        return lambda *args: reference(*args[:-1])
+
+    return {op.forward_op: without_backend(op.reference) for op in _all}

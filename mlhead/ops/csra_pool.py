@@ -112,7 +112,7 @@ def csra_pool(
     lams = [float(lam)] * H if isinstance(lam, (int, float)) else [float(value) for value in lam]
     if len(lams) != H:
         _check.fail("csra_pool", "lam", f"one number, or one per head (H = {H})", lams)
-    if not all(math.isfinite(value) for value in lams):
+    if not all(-math.inf < value < math.inf for value in lams):
         _check.fail("csra_pool", "lam", "finite", lams)
     return _csra_pool(x, weight, bias, T, lams, normalize, backend=backend)
 

@@ -21,8 +21,8 @@ def _int32(x: Tensor) -> Tensor:
 
 
 def _xor_shift(x: Tensor, bits: int) -> Tensor:
-    """The step x ^ (x >>> bits), in place: torch shifts int32 arithmetically, so the copies of the sign are masked off."""
-    return x.bitwise_xor_((x >> bits).bitwise_and_((1 << (32 - bits)) - 1))
+    """The step x ^ (x >>> bits): torch shifts int32 arithmetically, so the copies of the sign are masked off."""
+    return x ^ ((x >> bits) & ((1 << (32 - bits)) - 1))
 
 
 def keep_mask(seed: Tensor, dropout_p: float, B: int, H: int, G: int, L: int) -> Tensor:
@@ -41,9 +41,8 @@ def keep_mask(seed: Tensor, dropout_p: float, B: int, H: int, G: int, L: int) ->
     key1 = _mix((key0 + 1) & _MASK)
     i = torch.arange(H * G * L, device=seed.device) & _MASK
     u = _int32(i)[None, :] + _int32(key0)[:, None]
-    u = _xor_shift(u, 16).mul_(0x7FEB352D)
-    u = _xor_shift(u.bitwise_xor_(_int32(key1)[:, None]), 15).mul_(0x846CA68B - (1 << 32))
-    u = _xor_shift(u, 16)
+    u = (_xor_shift(u, 16) * 0x7FEB352D) ^ _int32(key1)[:, None]
+    u = _xor_shift(_xor_shift(u, 15) * (0x846CA68B - (1 << 32)), 16)
     # Unsigned comparison: flipping the sign bit maps the order of uint32 to that of int32.
     threshold = min(int(dropout_p * 2.0**32), _MASK) - (1 << 31)
-    return (u.bitwise_xor_(-(1 << 31)) >= threshold).view(B, H, G, L)
+    return ((u ^ -(1 << 31)) >= threshold).view(B, H, G, L)

@@ -39,7 +39,7 @@ def _first_maximum(s: Tensor) -> Tensor:
 
 def _attention(s: Tensor, temperature: float) -> Tensor:
     """softmax_l(T s), or the one-hot of the first maximum for T = inf."""
-    if math.isinf(temperature):
+    if temperature == math.inf:
         return torch.zeros_like(s).scatter(-1, _first_maximum(s), 1.0)
     return torch.softmax(temperature * s, -1)
 
@@ -62,7 +62,7 @@ def csra_pool(
     for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
         # A one-hot times a score would carry no more than the gather; a product would turn 0 * inf into NaN.
         pooled = (
-            s_h.gather(-1, _first_maximum(s_h)).squeeze(-1) if math.isinf(T) else (_attention(s_h, T) * s_h).sum(-1)
+            s_h.gather(-1, _first_maximum(s_h)).squeeze(-1) if T == math.inf else (_attention(s_h, T) * s_h).sum(-1)
         )
         logits = logits + lam_h * pooled
     return logits.to(x.dtype)
@@ -87,7 +87,7 @@ def csra_pool_grad(
     ds = []
     for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
         p = _attention(s_h, T)
-        if not math.isinf(T):
+        if not T == math.inf:
             p = p * (1.0 + T * (s_h - (p * s_h).sum(-1, keepdim=True)))
         ds.append(dlogits * (1.0 / s.shape[-1] + lam_h * p))
     ds = torch.stack(ds) if ds else torch.zeros_like(s)

@@ -29,6 +29,12 @@ def group_fc_grad(
     B, G, _ = h.shape
     J = weight.shape[2]
     dlogits_groups = pad(dlogits, (0, G * J - num_classes)).reshape(B, G, J)
+    if num_classes < G * J:
+        # Past C there is no class: an infinite weight there must not make 0 * inf.
+        exists = (torch.arange(G * J, device=h.device) < num_classes).view(G, 1, J)
+        weight = weight.where(exists, 0.0)
     dh = torch.einsum("bgj,gej->bge", dlogits_groups, weight)
     dweight = torch.einsum("bge,bgj->gej", h, dlogits_groups)
+    if num_classes < G * J:
+        dweight = dweight.where(exists, 0.0)
     return dh, dweight, None if bias is None else dlogits.sum(0)
