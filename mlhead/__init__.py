@@ -8,17 +8,33 @@ _root = _Path(__file__).resolve().parent
 if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "__init__.py").is_file():
     __path__.append(str(_root.parent))
 
+from . import losses  # noqa: E402
 from ._backend import BackendError, backend, record_backends  # noqa: E402
-from .ops import csra_attention, csra_pool, decompositions, group_fc, query_attention, query_attention_weights  # noqa: E402
+from .backbones import attach_head  # noqa: E402
+from .heads import CSRAHead, GAPHead, MLDecoder, TransformerDecoder  # noqa: E402
+from .ops import (  # noqa: E402
+    csra_attention,
+    csra_pool,
+    decompositions,
+    group_fc,
+    query_attention,
+    query_attention_weights,
+)
 
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
+    "CSRAHead",
+    "GAPHead",
+    "MLDecoder",
+    "TransformerDecoder",
+    "attach_head",
     "backend",
     "csra_attention",
     "csra_pool",
     "decompositions",
     "group_fc",
+    "losses",
     "query_attention",
     "query_attention_weights",
     "record_backends",

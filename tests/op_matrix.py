@@ -34,7 +34,7 @@ def _runs_somewhere(op: str, backend: str, device: str, dtype: torch.dtype) -> b
 
 
 def _combinations(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Iterator[object]:
-    """pytest parameters (case, backend, device, dtype); a skip says why."""
+    """The pytest parameters (case, backend, device, dtype); a skip says why."""
     for case in CASES.values():
         for device in DEVICES:
             for backend in _backend.BACKENDS:

@@ -73,7 +73,9 @@ def test_layouts(case: OpCase, backend: str, device: str, dtype: torch.dtype, la
 def test_constant_upstream_gradient(case: OpCase, backend: str, device: str, dtype: torch.dtype) -> None:
     """out.sum().backward() gives a gradient with stride 0."""
     sample = case.make(case.shapes[-1], dtype, device, 4)
-    sample = Sample(sample.function, sample.tensors, sample.options, torch.ones((), device=device).expand(sample.dout.shape))
+    sample = Sample(
+        sample.function, sample.tensors, sample.options, torch.ones((), device=device).expand(sample.dout.shape)
+    )
     run_and_check(case, sample, backend)
 
 
@@ -111,7 +113,9 @@ def test_each_gradient_alone(case: OpCase, backend: str, device: str, dtype: tor
     for name, tensor in sample.tensors.items():
         if tensor is None:
             continue
-        tensors = {n: t.detach().requires_grad_(n == name) if t is not None else None for n, t in sample.tensors.items()}
+        tensors = {
+            n: t.detach().requires_grad_(n == name) if t is not None else None for n, t in sample.tensors.items()
+        }
         alone = Sample(sample.function, tensors, sample.options, sample.dout)
         torch.testing.assert_close(alone.gradients(alone.call(backend))[name], everything[name])
 

@@ -67,8 +67,10 @@ def _recorded_calls(case: OpCase, sample: Sample, backend: str) -> list[tuple]:
     with Record():
         sample.gradients(sample.call(backend))
     # The schema leaves requires_grad to the caller.
-    return [(op, tuple(a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in args))
-            for op, args in calls]
+    return [
+        (op, tuple(a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in args))
+        for op, args in calls
+    ]
 
 
 @each_case
@@ -77,7 +79,9 @@ def test_compile_is_one_graph_with_a_dynamic_batch(case: OpCase, backend: str) -
     _require(case, backend)
     torch._dynamo.reset()
     dims = dict(case.shapes[5 if case.name == "group_fc" else 3])
-    compiled = torch.compile(_as_function(case.make(dims, torch.float32, "cpu", 0), backend)[0], fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        _as_function(case.make(dims, torch.float32, "cpu", 0), backend)[0], fullgraph=True, dynamic=True
+    )
     for B in (3, 5, 8):
         sample = case.make({**dims, "B": B}, torch.float32, "cpu", B).leaves()
         out = compiled(*_as_function(sample)[1])
@@ -200,8 +204,10 @@ def test_torch_func_and_forward_mode(case: OpCase) -> None:
     tangents = tuple(torch.randn_like(t) for t in tensors)
     _, jvp = torch.func.jvp(function, tensors, tangents)
     step = 1e-6
-    numeric = (function(*(t + step * d for t, d in zip(tensors, tangents, strict=True)))
-               - function(*(t - step * d for t, d in zip(tensors, tangents, strict=True)))) / (2 * step)
+    numeric = (
+        function(*(t + step * d for t, d in zip(tensors, tangents, strict=True)))
+        - function(*(t - step * d for t, d in zip(tensors, tangents, strict=True)))
+    ) / (2 * step)
     torch.testing.assert_close(jvp, numeric, rtol=1e-5, atol=1e-7)
     with torch.autograd.forward_ad.dual_level():
         duals = [torch.autograd.forward_ad.make_dual(t, d) for t, d in zip(tensors, tangents, strict=True)]

@@ -189,7 +189,7 @@ class _Forward(torch.autograd.Function):
     """The op with its gradient; `run` and `run_backward` are launchers in eager mode and library ops in tracing."""
 
     @staticmethod
-    def forward(ctx: Any, op: FusedOp, run: Callable, run_backward: Callable, *args: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, op: FusedOp, run: Callable, run_backward: Callable, *args: Any) -> Any:
         inputs, choice = args[:-1], args[-1]
         outputs = run(*args)
         if any(ctx.needs_input_grad):
@@ -228,7 +228,7 @@ class _Backward(torch.autograd.Function):
     """The gradient op with its own gradient, taken through the reference's closed form."""
 
     @staticmethod
-    def forward(ctx: Any, op: FusedOp, run: Callable, *args: Any) -> Any:  # type: ignore[override]
+    def forward(ctx: Any, op: FusedOp, run: Callable, *args: Any) -> Any:
         results = run(*args)
         ctx.op = op
         ctx.needs = args[-2]

@@ -62,7 +62,7 @@ def csra_pool(
     for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
         # A one-hot times a score would carry no more than the gather; a product would turn 0 * inf into NaN.
         pooled = (
-            s_h.gather(-1, _first_maximum(s_h)).squeeze(-1) if T == math.inf else (_attention(s_h, T) * s_h).sum(-1)
+            s_h.gather(-1, _first_maximum(s_h)).squeeze(-1) if math.inf == T else (_attention(s_h, T) * s_h).sum(-1)
         )
         logits = logits + lam_h * pooled
     return logits.to(x.dtype)
@@ -84,13 +84,13 @@ def csra_pool_grad(
     """
     s = _scores(x, weight, bias, normalize)
     dlogits = dlogits.to(s.dtype)[:, :, None]
-    ds = []
+    heads = []
     for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
         p = _attention(s_h, T)
-        if not T == math.inf:
+        if T != math.inf:
             p = p * (1.0 + T * (s_h - (p * s_h).sum(-1, keepdim=True)))
-        ds.append(dlogits * (1.0 / s.shape[-1] + lam_h * p))
-    ds = torch.stack(ds) if ds else torch.zeros_like(s)
+        heads.append(dlogits * (1.0 / s.shape[-1] + lam_h * p))
+    ds = torch.stack(heads) if heads else torch.zeros_like(s)
     wn, norm = _normalized(weight, normalize)
     dx = torch.einsum("hbcl,hcd->bld", ds.to(x.dtype), wn.to(x.dtype))
     dw = torch.einsum("hbcl,bld->hcd", ds.to(x.dtype), x).to(wn.dtype)

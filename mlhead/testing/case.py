@@ -47,7 +47,7 @@ class Sample:
     def gradients(self, output: Tensor, **options: Any) -> dict[str, Tensor]:
         """The gradients of the tensors that require one, for the upstream gradient `dout`."""
         names = [name for name, t in self.tensors.items() if t is not None and t.requires_grad]
-        grads = torch.autograd.grad(output, [self.tensors[n] for n in names], self.dout, **options)  # type: ignore[list-item]
+        grads = torch.autograd.grad(output, [self.tensors[n] for n in names], self.dout, **options)  # type: ignore[arg-type]
         return dict(zip(names, grads, strict=True))
 
     def run(self, backend: str | None = None) -> dict[str, Tensor]:

@@ -1,0 +1,54 @@
+# make demo and make test do everything on a fresh machine; neither needs a GPU, both use one that is there.
+
+VENV    ?= .venv
+SYSTEM  ?= python3
+PY      ?= $(VENV)/bin/python
+MINUTES ?= 8
+# The C++ extension is built where a compiler is; without one everything runs on plain torch.
+BUILD   ?= auto
+
+ifeq ($(PY),$(VENV)/bin/python)
+ENVIRONMENT := $(VENV)/.ready
+endif
+
+.PHONY: demo test test-all lint format bench gpu-check extension clean
+
+demo: $(ENVIRONMENT)
+	$(PY) -m mlhead demo --out runs/demo
+
+test: $(ENVIRONMENT)
+	$(PY) -m pytest
+
+# Also walks every timm architecture and every shipped kernel configuration: about an hour on 2 cores.
+test-all: $(ENVIRONMENT)
+	$(PY) -m pytest -m "slow or not slow"
+
+lint: $(ENVIRONMENT)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+	$(dir $(PY))clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+
+format: $(ENVIRONMENT)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+	$(dir $(PY))clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+
+bench: $(ENVIRONMENT)
+	$(PY) -m benchmarks.run
+
+# On a machine with a GPU; with packages in place and no network: make gpu-check PY=python3
+gpu-check: $(ENVIRONMENT)
+	$(PY) -m benchmarks.gpu_check --minutes $(MINUTES)
+
+extension: $(ENVIRONMENT)
+	MLHEAD_BUILD=$(BUILD) $(PY) setup.py -q build_ext --inplace
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(SYSTEM) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,lint]"
+	MLHEAD_BUILD=$(BUILD) $(VENV)/bin/python setup.py -q build_ext --inplace
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info mlhead/*.so .pytest_cache .mypy_cache .ruff_cache
