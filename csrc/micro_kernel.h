@@ -1,0 +1,174 @@
+// The two innermost loops: a few rows and columns of C held in registers while k runs.
+// Included by gemm_kernels.h, once for each instruction set.
+//
+// tile_n (vectors along n). C is R rows x V registers. A step of k loads V registers of B and broadcasts R numbers of A
+// straight from memory, for R*V multiply-adds. With 16 registers, 4 x 3 = 12 accumulators hide the latency of the
+// multiply-add (4 cycles, two a cycle: 8 are enough) and cost 7 loads for 12 multiply-adds, under the two loads a cycle
+// that the core can do. With 32 registers (AVX-512), 8 x 3. Four rows rather than six also because rows of h are G*E
+// apart, often a multiple of 4096 bytes: they compete for the same 8 ways of L1.
+//
+// tile_k (vectors along k). C is R x V numbers, each a register of partial sums that is folded at the end: R + V loads
+// for R*V multiply-adds. For products with few columns (J = 1: a batch of dot products), where vectors along n would be
+// mostly empty.
+#pragma once
+
+#include "simd.h"
+
+namespace mlhead::MLHEAD_ISA {
+
+inline constexpr int kRows = MLHEAD_VECTOR_BYTES == 64 ? 8 : 4;  // AVX-512 has 32 registers, the others 16
+inline constexpr int kVectors = 3;
+inline constexpr int kDotRows = 4;
+inline constexpr int kDotColumns = 3;
+
+template <typename T>
+struct Tile {
+  int64_t K;
+  const T* a;
+  int64_t a_m, a_k;
+  const T* b;
+  int64_t b_k;  // b_n is 1
+  T* c;
+  int64_t c_m;      // c_n is 1
+  int64_t columns;  // columns of C that exist: the last register may be partly empty
+  const T* bias;    // added when the sum is complete; or null
+  bool accumulate;  // C holds the sum over earlier blocks of k
+};
+
+// Writes only the columns that exist.
+template <typename T>
+static __attribute__((noinline)) void store_edge(const Tile<T>& t, int rows, int vectors, const Vec<T>* acc) {
+  constexpr int L = kLanes<T>;
+  for (int r = 0; r < rows; ++r)
+    for (int v = 0; v < vectors; ++v) {
+      T* c = t.c + r * t.c_m + v * L;
+      const T* bias = t.bias ? t.bias + v * L : nullptr;
+      const int64_t valid = min(L, t.columns - v * L);
+      Vec<T> sum = acc[r * vectors + v];
+      if (valid == L) {
+        if (t.accumulate) sum += load(c);
+        if (bias) sum += load(bias);
+        store(c, sum);
+        continue;
+      }
+      T lanes[L];
+      store(lanes, sum);
+      for (int64_t i = 0; i < valid; ++i) c[i] = lanes[i] + (t.accumulate ? c[i] : T(0)) + (bias ? bias[i] : T(0));
+    }
+}
+
+template <typename T, int R, int V>
+static void tile_n(const Tile<T>& t) {
+  constexpr int L = kLanes<T>;
+  Vec<T> acc[R][V] = {};
+  const T* a = t.a;
+  const T* b = t.b;
+  const int64_t a_m = t.a_m, a_k = t.a_k, b_k = t.b_k;
+  for (int64_t k = 0; k < t.K; ++k) {
+    Vec<T> bv[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) bv[v] = load(b + v * L);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const T x = a[r * a_m];
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += x * bv[v];
+    }
+    a += a_k;
+    b += b_k;
+  }
+  if (t.columns < V * L) {  // out of line: rare, and its code would be longer than all the rest
+    Vec<T> edge[R * V];
+#pragma GCC unroll 32
+    for (int i = 0; i < R * V; ++i) edge[i] = acc[i / V][i % V];
+    store_edge<T>(t, R, V, edge);
+    return;
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      T* c = t.c + r * t.c_m + v * L;
+      if (t.accumulate) acc[r][v] += load(c);
+      if (t.bias) acc[r][v] += load(t.bias + v * L);
+      store(c, acc[r][v]);
+    }
+}
+
+// C(r, v) [+]= sum_k a(r, k) b(v, k), both with k contiguous.
+template <typename T>
+struct DotTile {
+  int64_t K;
+  const T* a;
+  int64_t a_m;
+  const T* b;
+  int64_t b_n;
+  T* c;
+  int64_t c_m;  // c_n is 1
+  bool accumulate;
+};
+
+template <typename T, int R, int V>
+static void tile_k(const DotTile<T>& t) {
+  constexpr int L = kLanes<T>;
+  Vec<T> acc[R][V] = {};
+  const int64_t whole = t.K - t.K % L;
+  for (int64_t k = 0; k < whole; k += L) {
+    Vec<T> bv[V];
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) bv[v] = load(t.b + v * t.b_n + k);
+#pragma GCC unroll 8
+    for (int r = 0; r < R; ++r) {
+      const Vec<T> av = load(t.a + r * t.a_m + k);
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) acc[r][v] += av * bv[v];
+    }
+  }
+#pragma GCC unroll 8
+  for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      T sum = sum_of_lanes<T>(acc[r][v]);
+      for (int64_t k = whole; k < t.K; ++k) sum += t.a[r * t.a_m + k] * t.b[v * t.b_n + k];
+      T* c = t.c + r * t.c_m + v;
+      *c = t.accumulate ? *c + sum : sum;
+    }
+}
+
+// The functions above for every number of rows and columns at an edge: table[rows - 1][columns - 1].
+template <typename T>
+using TileFunction = void (*)(const Tile<T>&);
+template <typename T>
+using DotFunction = void (*)(const DotTile<T>&);
+
+template <typename T>
+inline constexpr TileFunction<T> kTilesOfFour[4][kVectors] = {
+    {tile_n<T, 1, 1>, tile_n<T, 1, 2>, tile_n<T, 1, 3>},
+    {tile_n<T, 2, 1>, tile_n<T, 2, 2>, tile_n<T, 2, 3>},
+    {tile_n<T, 3, 1>, tile_n<T, 3, 2>, tile_n<T, 3, 3>},
+    {tile_n<T, 4, 1>, tile_n<T, 4, 2>, tile_n<T, 4, 3>},
+};
+
+template <typename T>
+inline constexpr DotFunction<T> kDots[kDotRows][kDotColumns] = {
+    {tile_k<T, 1, 1>, tile_k<T, 1, 2>, tile_k<T, 1, 3>},
+    {tile_k<T, 2, 1>, tile_k<T, 2, 2>, tile_k<T, 2, 3>},
+    {tile_k<T, 3, 1>, tile_k<T, 3, 2>, tile_k<T, 3, 3>},
+    {tile_k<T, 4, 1>, tile_k<T, 4, 2>, tile_k<T, 4, 3>},
+};
+
+template <typename T>
+MLHEAD_INLINE void call_tile_n(int64_t rows, int64_t vectors, const Tile<T>& t) {
+#if MLHEAD_VECTOR_BYTES == 64
+  static constexpr TileFunction<T> of_eight[4][kVectors] = {
+      {tile_n<T, 5, 1>, tile_n<T, 5, 2>, tile_n<T, 5, 3>},
+      {tile_n<T, 6, 1>, tile_n<T, 6, 2>, tile_n<T, 6, 3>},
+      {tile_n<T, 7, 1>, tile_n<T, 7, 2>, tile_n<T, 7, 3>},
+      {tile_n<T, 8, 1>, tile_n<T, 8, 2>, tile_n<T, 8, 3>},
+  };
+  if (rows > 4) return of_eight[rows - 5][vectors - 1](t);
+#endif
+  kTilesOfFour<T>[rows - 1][vectors - 1](t);
+}
+
+}  // namespace mlhead::MLHEAD_ISA
