@@ -9,8 +9,8 @@ MLHEAD_BUILD says what to build:
 * cpu, cuda: that part (cuda includes cpu), or an error that names what is missing.
 
 Torch is not imported, only found. `pip install .` builds in isolation, where there is no torch, and gives a pure-Python
-wheel; `MLHEAD_BUILD=cpu pip install --no-build-isolation .` gives one cp310-abi3 wheel for every torch from 2.11 on: the
-libraries use the stable ABI of LibTorch, have no Python entry point, and are loaded by mlhead/_extension.py.
+wheel; `MLHEAD_BUILD=cpu pip install --no-build-isolation .` gives one cp310-abi3 wheel for every torch from 2.11 on:
+the libraries use the stable ABI of LibTorch, have no Python entry point, and are loaded by mlhead/_extension.py.
 
 MLHEAD_BUILD_TESTS=1 adds mlhead._C, the pybind11 module that shows csrc's internal functions to pytest. Never in a
 wheel.
@@ -62,6 +62,21 @@ GEMM = ["csrc/gemm_baseline.cpp", "csrc/gemm_plan.cpp", "csrc/isa.cpp", *(X86_FL
 CPU = Extension("mlhead._mlhead_cpu", [*GEMM, "csrc/group_fc_cpu.cpp"], py_limited_api=True)
 CUDA = Extension("mlhead._mlhead_cuda", ["csrc/group_fc.cu", "csrc/group_fc_cuda.cpp"], py_limited_api=True)
 TESTS = Extension("mlhead._C", [*GEMM, "csrc/bindings.cpp"])
+
+
+RULES = """
+rule cxx
+  command = $cxx $flags -MMD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  description = $out
+rule nvcc
+  command = $nvcc $flags -MD -MF $out.d -c $in -o $out
+  depfile = $out.d
+  description = $out
+rule link
+  command = $cxx $in $flags -o $out
+  description = $out
+"""
 
 
 def say(line: str) -> None:
@@ -181,20 +196,7 @@ def ninja_file(ext: Extension, output: str) -> str:
     }
     if IS_X86:
         cxx.append("-DMLHEAD_X86")
-    lines = [f"cxx = {shlex.join(compiler)}"]
-    lines += [
-        "rule cxx",
-        "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  description = $out",
-    ]
-    lines += [
-        "rule nvcc",
-        "  command = $nvcc $flags -MD -MF $out.d -c $in -o $out",
-        "  depfile = $out.d",
-        "  description = $out",
-    ]
-    lines += ["rule link", quiet, "  command = $cxx $in $flags -o $out"]
+    lines = [f"cxx = {shlex.join(compiler)}", RULES]
     nvcc_flags: list[str] = []
     if ext is TESTS:
         cxx += ["-isystem", pybind11_include(), "-isystem", sysconfig.get_path("include")]
@@ -312,7 +314,8 @@ class Wheel(bdist_wheel):
     def run(self) -> None:
         self.run_command("build_ext")  # first, since a failure in auto makes the wheel a pure one
         if not self.distribution.ext_modules:
-            self.root_is_pure, self.py_limited_api = True, False
+            self.root_is_pure = True
+            self.py_limited_api = False  # type: ignore[assignment]
         super().run()
 
 
