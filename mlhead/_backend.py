@@ -7,7 +7,7 @@ available, and the reference otherwise. An explicit choice that cannot be met is
 
 from __future__ import annotations
 
-import importlib.util
+import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -100,8 +100,10 @@ def unavailable(name: str) -> str | None:
     if name == "reference":
         return None
     if name == "triton":
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed"
+        try:
+            importlib.import_module("triton")
+        except ImportError as error:
+            return f"the package triton cannot be imported: {error}"
         if not torch.cuda.is_available() and not interpreting():
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests)"
         return None

@@ -7,7 +7,7 @@ from importlib import metadata
 
 import torch
 
-from . import _backend, _extension, ops  # noqa: F401 (ops register themselves)
+from . import _backend, _extension
 from ._backend import BACKENDS
 
 _PACKAGES = ("torch", "triton", "timm", "torchvision", "torchmetrics", "scikit-learn", "matplotlib", "numpy")
@@ -17,7 +17,7 @@ def _version(package: str) -> str:
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
-        return "not installed"
+        return "run from a checkout" if package == "mlhead" else "not installed"
 
 
 def _devices() -> list[str]:
@@ -50,11 +50,9 @@ def _op_lines() -> list[str]:
 
 def report() -> str:
     """The whole report as text, one fact a line."""
-    from . import __version__
-
     sections = {
         "versions": [
-            f"mlhead: {__version__}",
+            f"mlhead: {_version('mlhead')}",
             f"python: {platform.python_version()} on {platform.platform()}",
             *(f"{package}: {_version(package)}" for package in _PACKAGES),
             f"CUDA of torch: {torch.version.cuda or 'none'}",
