@@ -1,8 +1,8 @@
 """Loads the optional C++/CUDA libraries, on demand, and says why one is not there.
 
 The libraries register the private ops `torch.ops.mlhead_C.*`: `_mlhead_cpu` the schemas and the CPU form,
-`_mlhead_cuda` the CUDA form. They have no Python entry point and use the stable ABI of LibTorch, so one file serves every Python from
-3.10 and every torch from 2.11. Nothing is loaded when this module is imported.
+`_mlhead_cuda` the CUDA form. They have no Python entry point and use the stable ABI of LibTorch, so one file serves
+every Python from 3.10 and every torch from 2.11. Nothing is loaded when this module is imported.
 """
 
 from __future__ import annotations
