@@ -96,9 +96,11 @@ def strip(model: Any) -> None:
     """Takes the classifier (rule 3) and the layers that only it used (rule 4) off the model."""
     reset = getattr(model, "reset_classifier", None)
     if reset is not None:
-        options = {"reset_other": True} if "reset_other" in inspect.signature(reset).parameters else {}
+        known = inspect.signature(reset).parameters
+        options = {"reset_other": True} if "reset_other" in known else {}
+        unpooled = {"global_pool": ""} if "global_pool" in known else {}
         try:
-            reset(0, "", **options)
+            reset(0, **unpooled, **options)
         except AssertionError:  # this model cannot do without its pooling, which forward_features does not reach
             reset(0, **options)
     for name, layers in DEAD_LAYERS.items():

@@ -71,6 +71,7 @@ class DecoderHead(Head):
             _check_queries(type(self).__name__, queries, groups, E)
             self.queries = queries if isinstance(queries, str) else "given"
             self.query_embed = nn.Embedding(groups, E, **factory(like))
+            self.query_embed.train(self.training)
             self.query_embed.weight.requires_grad_(self.queries == "learnable")
             if isinstance(queries, Tensor):
                 with torch.no_grad():

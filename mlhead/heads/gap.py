@@ -56,6 +56,7 @@ class GAPHead(Head):
         weight = self.fc.weight
         self.num_classes = num_classes
         self.fc = nn.Linear(self.in_features, num_classes, bias=self.fc.bias is not None, **factory(weight))
+        self.fc.train(self.training)
         self.reset_parameters()
 
     def _bias_and_gain(self) -> tuple[Tensor | None, float]:
