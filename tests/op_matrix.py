@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mlhead import _backend
-from mlhead.testing import CASES, OpCase, Sample
+from mlhead.testing import CASES, OpCase
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 DEVICES = ("cpu", "cuda")
@@ -54,11 +54,6 @@ def every_combination(dtypes: tuple[torch.dtype, ...] = DTYPES) -> Callable:
     return pytest.mark.parametrize(("case", "backend", "device", "dtype"), list(_combinations(dtypes)))
 
 
-def oracle(sample: Sample) -> dict[str, Tensor]:
-    """The reference in fp64."""
-    return sample.map(lambda t: t.double()).run("reference")
-
-
 # Each takes a contiguous tensor and gives one of the same shape in another layout; unused memory between the elements
 # is NaN, so that a read outside the tensor shows. All but `expanded` keep the values.
 
@@ -94,4 +89,4 @@ def expanded(tensor: Tensor) -> Tensor:
 
 LAYOUTS = {f.__name__: f for f in (contiguous, transposed, strided, padded, expanded)}
 
-__all__ = ["CASES", "DTYPES", "LAYOUTS", "OpCase", "every_combination", "oracle"]
+__all__ = ["CASES", "DTYPES", "LAYOUTS", "OpCase", "every_combination"]

@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from op_matrix import CASES, OpCase, oracle
+from op_matrix import CASES, OpCase
 from torch import Tensor
 
-from mlhead.testing import check, grade
+from mlhead.testing import check, grade, oracle
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

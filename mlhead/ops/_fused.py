@@ -83,6 +83,7 @@ class FusedOp:
         self._fake = fake
         self._implementations = implementations
         self._outputs = outputs
+        self._loaded: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         _backend.register(name, implementations)
 
         tensors = ", ".join(["Tensor"] * outputs)
@@ -111,31 +112,47 @@ class FusedOp:
     def __call__(self, *inputs: Any, backend: str | None) -> Any:
         """All outputs of the op, on the backend asked for."""
         choice = _backend.requested(backend)
-        if is_plain_eager([inputs[i] for i in self._tensors]):
+        tensors = [inputs[i] for i in self._tensors]
+        if is_plain_eager(tensors):
             if is_transformed():
                 return self.reference(*inputs)
+            if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
+                return self._run(*inputs, choice)
             return _Forward.apply(self, self._run, self._run_backward, *inputs, choice)
         return self.forward_op(*inputs, choice)
 
-    def _launcher(self, suffix: str, choice: str, tensor: Tensor) -> Callable[..., Any] | None:
+    def _launchers(self, choice: str, tensor: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """The forward and the backward launcher of the backend that runs a call with this tensor."""
         name = _backend.resolve(self.name, choice, tensor.device, tensor.dtype)
-        if name == "reference":
-            return None
-        return getattr(self._implementations[name].load(), self.name + suffix)
+        launchers = self._loaded.get(name)
+        if launchers is None:
+            if name == "reference":
+                launchers = self.reference, self._reference_backward
+            else:
+                module = self._implementations[name].load()
+                launchers = getattr(module, self.name), getattr(module, f"{self.name}_backward")
+            self._loaded[name] = launchers
+        return launchers
 
     def _run(self, *args: Any) -> Any:
-        *inputs, choice = args
-        launch = self._launcher("", choice, inputs[0]) or self.reference
-        with _no_autocast(inputs[0].device.type):
-            return launch(*inputs)
+        device_type = args[0].device.type
+        launch = self._launchers(args[-1], args[0])[0]
+        if torch.is_autocast_enabled(device_type):  # the inputs are in their final dtype here
+            with torch.autocast(device_type, enabled=False):
+                return launch(*args[:-1])
+        return launch(*args[:-1])
 
     def _run_backward(self, *args: Any) -> Any:
-        *inputs, needs, choice = args
-        launch = self._launcher("_backward", choice, inputs[1])
-        with _no_autocast(inputs[1].device.type):
-            if launch is not None:
-                return launch(*inputs, needs)
-            grads = self.reference_grad(*inputs)
+        device_type = args[0].device.type
+        launch = self._launchers(args[-1], args[1])[1]
+        if torch.is_autocast_enabled(device_type):
+            with torch.autocast(device_type, enabled=False):
+                return launch(*args[:-1])
+        return launch(*args[:-1])
+
+    def _reference_backward(self, *args: Any) -> Any:
+        *inputs, needs = args
+        grads = self.reference_grad(*inputs)
         empty = inputs[0].new_empty(0)
         # A library op's outputs may not alias its inputs or one another.
         grads = tuple(
@@ -168,21 +185,6 @@ class FusedOp:
                 return self.backward_op(*args)
 
         return _Backward.apply(self, run, *args)
-
-
-class _no_autocast:  # noqa: N801 (used like a function)
-    """Switches autocast off around a launcher; inputs are in their final dtype there."""
-
-    def __init__(self, device_type: str) -> None:
-        self._inner = torch.autocast(device_type, enabled=False) if torch.is_autocast_enabled(device_type) else None
-
-    def __enter__(self) -> None:
-        if self._inner is not None:
-            self._inner.__enter__()
-
-    def __exit__(self, *exception: Any) -> None:
-        if self._inner is not None:
-            self._inner.__exit__(*exception)
 
 
 class _Forward(torch.autograd.Function):

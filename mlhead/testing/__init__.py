@@ -2,6 +2,6 @@
 
 from .case import OpCase, Sample
 from .cases import CASES
-from .compare import check, grade
+from .compare import check, grade, oracle, plain_torch
 
-__all__ = ["CASES", "OpCase", "Sample", "check", "grade"]
+__all__ = ["CASES", "OpCase", "Sample", "check", "grade", "oracle", "plain_torch"]

@@ -4,7 +4,8 @@
 
 The oracle is the reference in fp64 on the same (rounded) inputs, `torch` the reference in the dtype of the result and
 eps the rounding unit of that dtype. An element that the oracle gives as exactly 0, such as the gradient of a class
-that does not exist, must be exactly 0; infinities and NaN must stand where the oracle has them.
+that does not exist, must be exactly 0; infinities and NaN must stand where the oracle has them. For an fp64 result plain
+torch and the oracle are one; there plain torch's error is its error in fp32, scaled by the ratio of the rounding units.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from .case import Sample
 
 TORCH_FACTOR = 2.0
 ROUNDING_UNIT = {
@@ -69,3 +72,18 @@ def check(name: str, result: Tensor, oracle: Tensor, plain: Tensor) -> Grade:
     outcome = grade(result, oracle, plain)
     assert outcome.problem is None, f"{name}: {outcome.problem}"
     return outcome
+
+
+def oracle(sample: Sample) -> dict[str, Tensor]:
+    """The reference in fp64 on the inputs of a sample: output and gradients."""
+    return sample.map(lambda t: t.double()).run("reference")
+
+
+def plain_torch(sample: Sample) -> dict[str, Tensor]:
+    """The reference in the dtype of a sample: what `grade` takes plain torch's own error from."""
+    if sample.dout.dtype != torch.float64:
+        return sample.run("reference")
+    narrow = sample.map(lambda t: t.float())
+    ratio = ROUNDING_UNIT[torch.float64] / ROUNDING_UNIT[torch.float32]
+    exact, exact_narrow, plain_narrow = oracle(sample), oracle(narrow), narrow.run("reference")
+    return {name: exact[name] + ratio * (plain_narrow[name].double() - exact_narrow[name]) for name in exact}
