@@ -29,7 +29,7 @@ class CheckpointError(UsageError):
     """A checkpoint that is missing, damaged, or of another kind; the message names the file and what to do."""
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], None]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that `path` holds either what it held before or all of the new content, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -103,6 +103,13 @@ def _damaged(path: Path, reason: str) -> str:
     others = [other for name in ("last.pt", "best.pt") if (other := path.parent / name) != path and other.is_file()]
     advice = f"try {others[0]} instead" if others else "restore it from a copy"
     return f"checkpoint {path} is damaged or cut short ({reason}); nothing was loaded; {advice}, or train again"
+
+
+def seed_everything(seed: int) -> None:
+    """Seeds every generator of which `random_state` keeps the state."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
 
 
 def random_state() -> dict[str, Any]:

@@ -122,7 +122,7 @@ def test_pixels_are_roughly_normalised():
     ("options", "words"),
     [
         ({"split": "dev"}, "split must be one of"),
-        ({"num_classes": 50}, "--num-classes must be 100, 1000 or 10000"),
+        ({"num_classes": 50}, "--num-classes must be 10, 100, 1000 or 10000"),
         ({"length": 0}, "length must be at least 1"),
         ({"size": 20}, "max_numbers must be between 1 and 2"),
         ({"max_numbers": 9}, "max_numbers must be between 1 and 8"),

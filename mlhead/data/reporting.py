@@ -17,13 +17,17 @@ class BadDataLog:
     Args:
         policy: "skip" goes on without the bad items after reporting them; "error" raises at the first.
         say: where a line for the user goes.
-        file: a text file that gets every item, however many there are; None for none.
+        file: a text file that gets every item, name, tab, reason; what is in it already counts. None for none.
         shown: how many are shown to the user before only the count goes on.
     """
 
     def __init__(self, policy: str, say: Callable[[str], None], file: Path | None = None, shown: int = 20) -> None:
         self.policy, self.say, self.file, self.shown = policy, say, file, shown
         self.names: dict[str, str] = {}
+        # A resumed run goes on with the list.
+        if file is not None and file.is_file():
+            lines = file.read_text(encoding="utf-8").splitlines()
+            self.names = dict(line.split("\t", 1) for line in lines if "\t" in line)
 
     def add(self, items: Iterable[BadSample]) -> None:
         """Reports items not seen before.
@@ -44,7 +48,7 @@ class BadDataLog:
                 )
         if self.file is not None:
             with self.file.open("a", encoding="utf-8") as out:
-                out.writelines(f"{item.name}: {item.reason}\n" for item in new)
+                out.writelines(f"{item.name}\t{item.reason}\n" for item in new)
         if self.policy == "error":
             rest = f" and {len(new) - 1} more" if len(new) > 1 else ""
             raise UsageError(f"bad data, and --on-bad-data is error: {new[0].name}: {new[0].reason}{rest}")

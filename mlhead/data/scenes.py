@@ -1,6 +1,6 @@
 """Scenes of handwritten numbers: a multi-label task made of real scans, without a download.
 
-scikit-learn ships 1,797 scans of handwritten digits (8x8, 17 grey levels). A scene holds one to four numbers of two to
+scikit-learn ships 1,797 scans of handwritten digits (8x8, 17 grey levels). A scene holds one to four numbers of one to
 four digits each on a dark ground; its labels are the numbers that stand in it. A number covers a few positions of the
 feature map, so an average over the whole map sees it diluted, and single digits say little: 3 and 7 are in 37, in 73
 and in many others.
@@ -26,8 +26,8 @@ SCAN = 8  # pixels along each side of a scan
 # Free pixels between two numbers, at least; wider across than the gap between the digits of one number, so that a scene
 # can be read in one way only.
 GAP_ACROSS, GAP_DOWN = 3, 1
-NUM_CLASSES = (100, 1_000, 10_000)
-DEFAULT_SIZE = {100: 40, 1_000: 48, 10_000: 64}
+NUM_CLASSES = (10, 100, 1_000, 10_000)
+DEFAULT_SIZE = {10: 24, 100: 40, 1_000: 48, 10_000: 64}
 # Of each digit's scans, in file order: the first 70 % for training, the next 10 % for validation, the rest for testing.
 _SHARES = {"train": (0.0, 0.7), "val": (0.7, 0.8), "test": (0.8, 1.0)}
 # Roughly the mean and deviation of a scene's pixels, in [0, 1].
@@ -84,9 +84,9 @@ class Scenes(Dataset[Sample]):
 
     Args:
         split: "train", "val" or "test"; two splits never share a scan.
-        num_classes: 100, 1,000 or 10,000: numbers of two, three or four digits.
+        num_classes: 10, 100, 1,000 or 10,000: numbers of one to four digits.
         length: scenes in an epoch.
-        size: height and width in pixels; by default 40, 48 or 64 by the number of classes.
+        size: height and width in pixels; by default 24, 40, 48 or 64 by the number of classes.
         max_numbers: a scene holds 1 to `max_numbers` numbers, each count as likely as another.
         seed: any whole number.
 
@@ -109,7 +109,7 @@ class Scenes(Dataset[Sample]):
         if split not in SPLITS:
             usage_fail("split", "one of 'train', 'val', 'test'", repr(split))
         if num_classes not in NUM_CLASSES:
-            usage_fail("--num-classes", "100, 1000 or 10000 for the scenes", num_classes)
+            usage_fail("--num-classes", "10, 100, 1000 or 10000 for the scenes", num_classes)
         if length < 1:
             usage_fail("length", "at least 1", length)
         self.split, self.num_classes, self.length, self.seed = split, num_classes, length, seed

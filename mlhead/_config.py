@@ -1,0 +1,205 @@
+"""Every option of a training run: the one place that the command line, the saved config and the checkpoints read.
+
+Each field carries its help text, so that `mlhead train --help` and this file cannot disagree.
+"""
+
+# ruff: noqa: RUF009 (_option makes a dataclass field)
+
+from __future__ import annotations
+
+import ast
+import dataclasses
+import re
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlhead._usage import UsageError, closest, require, usage_fail
+
+# inf is not a Python literal, but temperatures need it; 1e999 is one, and is infinite.
+_INF = re.compile(r"\binf\b")
+
+
+def _option(default: Any, text: str, *, choices: tuple[str, ...] | None = None, least: float | None = None) -> Any:
+    metadata = {"help": text, "choices": choices, "least": least}
+    if isinstance(default, dict):
+        return field(default_factory=lambda: dict(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class TrainConfig:
+    """The options of one run."""
+
+    out: str = _option("runs/train", "folder for checkpoints, logs and the config")
+    # Data
+    data: str = _option("scenes", "'scenes', which needs no download, or a folder of images with --labels")
+    num_classes: int = _option(100, "classes of the scenes: 10, 100, 1000 or 10000", least=1)
+    labels: str | None = _option(None, "CSV with a column of image paths and a column of labels")
+    val_labels: str | None = _option(
+        None, "CSV of the validation images; without it --val-fraction of --labels is held out"
+    )
+    image_column: str = _option("image", "column of the image paths")
+    label_column: str = _option("labels", "column of the labels")
+    label_delimiter: str = _option(";", "what separates two labels in a cell")
+    classes: str | None = _option(
+        None, "text file of class names, one a line; by default the labels that occur, sorted"
+    )
+    val_fraction: float = _option(0.1, "share of the images held out for validation", least=0)
+    on_bad_data: str = _option(
+        "skip", "bad rows and unreadable images: report and skip, or stop", choices=("skip", "error")
+    )
+    image_size: int | None = _option(
+        None, "height and width that the model sees; by default the backbone's or the scenes'", least=1
+    )
+    train_length: int = _option(20_000, "scenes in an epoch; each epoch has new ones", least=1)
+    val_length: int = _option(2_000, "validation scenes", least=1)
+    crop_scale: float = _option(0.5, "folder: smallest share of an image's area that a training crop keeps", least=0)
+    hflip: float = _option(0.5, "folder: probability of mirroring a training image", least=0)
+    auto_augment: str | None = _option(None, "folder: timm's name of an augmentation, e.g. rand-m9-mstd0.5-inc1")
+    workers: int = _option(0, "processes that load data; 0 loads in the training process", least=0)
+    # Model
+    backbone: str = _option("small", "'small' (for the scenes), or any timm architecture")
+    pretrained: bool = _option(False, "start the backbone from timm's published weights (downloads them)")
+    init_backbone: str | None = _option(
+        None, "checkpoint of a run with the same backbone, whose weights it starts from"
+    )
+    backbone_opt: dict[str, Any] = _option({}, "option of the backbone as name=value; may be repeated")
+    head: str = _option(
+        "ml_decoder", "classification head", choices=("gap", "csra", "ml_decoder", "transformer_decoder")
+    )
+    head_opt: dict[str, Any] = _option({}, "option of the head as name=value, e.g. groups=50; may be repeated")
+    prior: bool = _option(True, "start the head's bias, where it has one, at the classes' share of the training labels")
+    loss: str = _option("bce", "loss", choices=("bce", "asl", "softmax"))
+    loss_opt: dict[str, Any] = _option({}, "option of the loss as name=value; may be repeated")
+    # Optimisation
+    epochs: float = _option(10.0, "length of the run", least=0)
+    steps: int | None = _option(None, "length of the run in optimizer steps, in place of --epochs", least=1)
+    batch_size: int = _option(64, "images in a batch", least=1)
+    accumulate: int = _option(1, "batches whose gradients are added up for one optimizer step", least=1)
+    optimizer: str = _option("adamw", "any of timm's optimizers")
+    lr: float = _option(1e-3, "highest learning rate of the backbone", least=0)
+    head_lr_mult: float = _option(1.0, "learning rate of the head, as a multiple of --lr", least=0)
+    weight_decay: float = _option(0.02, "weight decay; biases and norms have none", least=0)
+    schedule: str = _option("onecycle", "learning rate schedule", choices=("onecycle", "cosine"))
+    warmup: float = _option(0.3, "share of the run in which the learning rate rises", least=0)
+    clip_grad: float | None = _option(None, "largest norm of the gradient", least=0)
+    ema: float = _option(0.0, "decay of the moving average of the weights, e.g. 0.999; 0 for none", least=0)
+    amp: str = _option("none", "automatic mixed precision", choices=("none", "bf16", "fp16"))
+    channels_last: bool = _option(True, "keep images and convolutions in channels-last order")
+    # Running
+    device: str = _option("auto", "'auto' (cuda if it is there), 'cpu', 'cuda', 'cuda:1', ...")
+    seed: int = _option(0, "seed of the weights, the data and everything else that is random")
+    eval_every: int | None = _option(None, "steps between evaluations; by default an epoch", least=1)
+    checkpoint_every: int | None = _option(None, "steps between checkpoints; by default as --eval-every", least=1)
+    log_every: int = _option(10, "steps between lines of the log", least=1)
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            setattr(self, item.name, _checked(item, getattr(self, item.name)))
+        for name in ("val_fraction", "warmup", "ema"):
+            if getattr(self, name) >= 1:
+                usage_fail(flag(name), "below 1", getattr(self, name))
+        if self.steps is None and self.epochs == 0:
+            usage_fail("--epochs", "above 0", self.epochs)
+
+    def save(self, path: Path) -> None:
+        """Writes every option as YAML, which `--config` reads."""
+        yaml = require("yaml", "Saving the config")
+        path.write_text(yaml.safe_dump(dataclasses.asdict(self), sort_keys=False), encoding="utf-8")
+
+
+def flag(name: str) -> str:
+    """The command-line name of a field."""
+    return "--" + name.replace("_", "-")
+
+
+def field_type(item: dataclasses.Field[Any]) -> tuple[type, bool]:
+    """The plain type of a field and whether None is allowed."""
+    hint = typing.get_type_hints(TrainConfig)[item.name]
+    if isinstance(hint, types.UnionType):
+        (plain,) = (part for part in typing.get_args(hint) if part is not type(None))
+        return plain, True
+    return (typing.get_origin(hint) or hint), False
+
+
+def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
+    kind, optional = field_type(item)
+    argument, least, choices = flag(item.name), item.metadata["least"], item.metadata["choices"]
+    if value is None and optional:
+        return None
+    # YAML reads 1e-3, without a point, as text.
+    if kind in (int, float) and isinstance(value, str):
+        value = parse_number(argument, kind, value)
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        usage_fail(argument, _words(kind), repr(value))
+    if least is not None and not value >= least:
+        usage_fail(argument, f"at least {least:g}", value)
+    if choices is not None and value not in choices:
+        usage_fail(argument, f"one of {', '.join(choices)}", repr(value) + closest(value, choices))
+    return value
+
+
+def _words(kind: type) -> str:
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text", dict: "name=value pairs"}[
+        kind
+    ]
+
+
+def parse_number(argument: str, kind: type, text: str) -> Any:
+    """A number from text, or UsageError naming the argument."""
+    try:
+        return kind(text)
+    except ValueError:
+        usage_fail(argument, _words(kind), repr(text))
+
+
+def parse_pairs(argument: str, pairs: list[str]) -> dict[str, Any]:
+    """Options from name=value texts: numbers, lists, True, None and inf are read as such, anything else is text."""
+    result = {}
+    for pair in pairs:
+        name, equals, text = pair.partition("=")
+        if not equals or not name:
+            usage_fail(argument, "name=value", repr(pair))
+        result[name.replace("-", "_")] = _literal(text)
+    return result
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(_INF.sub("1e999", text))
+    except (ValueError, SyntaxError):
+        return text
+
+
+def load_config(path: Path) -> dict[str, Any]:
+    """Options from a YAML or JSON file.
+
+    Raises:
+        UsageError: no such file, not a mapping, or an unknown option.
+    """
+    yaml = require("yaml", "Reading a config")
+    if not path.is_file():
+        usage_fail("--config", "an existing YAML or JSON file", path)
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"--config must be a YAML or JSON file, got {path}: {reason}") from error
+    if not isinstance(values, Mapping):
+        usage_fail("--config", "a mapping of options", f"{type(values).__name__} in {path}")
+    return check_names(values, f"--config {path}")
+
+
+def check_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """The options, if all of them exist."""
+    known = [item.name for item in dataclasses.fields(TrainConfig)]
+    for name in map(str, values):
+        if name not in known:
+            usage_fail(source, "made of known options", repr(name) + closest(name, known))
+    return dict(values)

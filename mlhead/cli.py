@@ -1,0 +1,274 @@
+"""The `mlhead` command. Mistakes are answered by one line that names the argument, and exit code 2."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from mlhead import _config
+from mlhead._config import TrainConfig, flag
+from mlhead._usage import UsageError, closest, usage_fail
+
+# The options of training that also make sense for `mlhead eval`.
+_EVAL_OPTIONS = (
+    "data",
+    "labels",
+    "image_column",
+    "label_column",
+    "label_delimiter",
+    "on_bad_data",
+    "val_length",
+    "batch_size",
+    "workers",
+    "amp",
+    "seed",
+)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Prints one line for a mistake, without the usage of every option before it."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _number(kind: type) -> Callable[[str], Any]:
+    def convert(text: str) -> Any:
+        try:
+            return kind(text)
+        except ValueError:
+            words = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"must be {words}, got {text!r}") from None
+
+    return convert
+
+
+def _add_options(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
+    """One flag for each field of TrainConfig; only flags that are given appear in the result."""
+    for item in dataclasses.fields(TrainConfig):
+        if names is not None and item.name not in names:
+            continue
+        kind, _ = _config.field_type(item)
+        default = None if item.default is dataclasses.MISSING else item.default
+        text = item.metadata["help"].replace("%", "%%")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "dest": item.name}
+        if kind is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        elif kind is dict:
+            options |= {"action": "append", "metavar": "NAME=VALUE"}
+        else:
+            options |= {"type": kind if kind is str else _number(kind), "metavar": kind.__name__.upper()}
+            if choices := item.metadata["choices"]:
+                options["metavar"] = "{" + ",".join(choices) + "}"
+        if default is not None:
+            text += f" (default: {default})"
+        parser.add_argument(flag(item.name), help=text, **options)
+
+
+def _given(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The options of TrainConfig that the command line gave."""
+    names = {item.name for item in dataclasses.fields(TrainConfig)}
+    values = {name: value for name, value in vars(arguments).items() if name in names}
+    for name in ("backbone_opt", "head_opt", "loss_opt"):
+        if name in values:
+            values[name] = _config.parse_pairs(flag(name), values[name])
+    return values
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser of all commands."""
+    parser = _Parser(prog="mlhead", description="Fused classification heads for PyTorch.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+
+    def add(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
+
+    sub = add("train", "Train a backbone with a head; without options, on scenes of handwritten numbers.")
+    sub.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; flags win over it")
+    sub.add_argument("--resume", metavar="PATH", help="go on with a run: its folder, or a checkpoint in it")
+    sub.add_argument("--overwrite", action="store_true", help="allow --out to hold a run already; it is replaced")
+    _add_options(sub)
+
+    sub = add("eval", "Measure a checkpoint on its own data or on other data.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    sub.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
+    sub.add_argument(
+        "--weights", choices=("auto", "ema", "model"), default="auto", help="which weights, if it has both"
+    )
+    sub.add_argument("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+    sub.add_argument("--json", action="store_true", help="print JSON in place of a table")
+    _add_options(sub, _EVAL_OPTIONS)
+
+    sub = add("predict", "Name the classes in images, and draw where each of them looks.")
+    sub.add_argument("paths", metavar="CHECKPOINT IMAGE", nargs="+", help="the checkpoint, then one or more images")
+    sub.add_argument("--checkpoint", help="the checkpoint, if it is not the first of the paths")
+    sub.add_argument("--out", default="runs/predict", help="folder for the pictures (default: runs/predict)")
+    sub.add_argument("--top", type=_number(int), default=5, help="most classes per image (default: 5)")
+    sub.add_argument("--threshold", type=_number(float), default=0.5, help="least probability (default: 0.5)")
+    sub.add_argument(
+        "--weights", choices=("auto", "ema", "model"), default="auto", help="which weights, if it has both"
+    )
+    sub.add_argument("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
+
+    sub = add("scenes", "Write scenes of handwritten numbers as images with a CSV of labels.")
+    sub.add_argument("folder", metavar="FOLDER", help="gets images/ and labels.csv")
+    sub.add_argument("--count", type=_number(int), default=100, help="how many (default: 100)")
+    sub.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
+    _add_options(sub, ("num_classes", "image_size", "seed"))
+
+    sub = add(
+        "demo", "Train GAP, CSRA and ML-Decoder heads on the same task and compare them, on two cores in minutes."
+    )
+    sub.add_argument("--out", default="runs/demo", help="folder for the pictures and the table (default: runs/demo)")
+    sub.add_argument("--steps", type=_number(int), default=None, help="steps for each head, in place of the demo's own")
+    sub.add_argument("--seed", type=_number(int), default=0, help="(default: 0)")
+
+    add("info", "Versions, devices, and which backends are there and why not.")
+    return parser
+
+
+def _train(arguments: argparse.Namespace) -> int:
+    from mlhead import train as training
+
+    given = _given(arguments)
+    if arguments.resume is not None:
+        if arguments.config is not None:
+            usage_fail("--config", "absent on --resume, which goes on with the saved options", arguments.config)
+        summary = training.resume(Path(arguments.resume), given)
+    else:
+        saved = _config.load_config(Path(arguments.config)) if arguments.config else {}
+        summary = training.train(TrainConfig(**{**saved, **given}), overwrite=arguments.overwrite)
+    best = summary.best
+    print(f"best mAP {best['mAP']:.4f} at step {best['step']} of {summary.steps}: {summary.out / 'best.pt'}")
+    return 0
+
+
+def _eval(arguments: argparse.Namespace) -> int:
+    import json
+
+    from mlhead import inference, metrics
+
+    result = inference.evaluate_checkpoint(
+        Path(arguments.checkpoint),
+        split=arguments.split,
+        changes=_given(arguments),
+        device=arguments.device,
+        weights=arguments.weights,
+    )
+    if arguments.json:
+        print(json.dumps(result))
+    else:
+        for name in metrics.NAMES:
+            print(f"{name:9} {result[name]:{'.4f' if name != 'classes' else 'd'}}")
+    return 0
+
+
+def _predict(arguments: argparse.Namespace) -> int:
+    from mlhead import inference
+    from mlhead.data.loading import BadSample
+
+    paths = [Path(path) for path in arguments.paths]
+    checkpoint = Path(arguments.checkpoint) if arguments.checkpoint else paths.pop(0)
+    if not paths:
+        usage_fail("IMAGE", "at least one image after the checkpoint", "none")
+    if arguments.top < 1:
+        usage_fail("--top", "at least 1", arguments.top)
+    for path in paths:
+        if not path.is_file():
+            usage_fail("IMAGE", "an existing image file", path)
+    loaded = inference.load_model(checkpoint, device=arguments.device, weights=arguments.weights)
+    results = inference.predict_files(loaded, paths, top=arguments.top, threshold=arguments.threshold)
+    out, taken, failed = Path(arguments.out), set[str](), 0
+    for path, result in zip(paths, results, strict=True):
+        if isinstance(result, BadSample):
+            print(f"{result.name}: {result.reason}", file=sys.stderr)
+            failed += 1
+            continue
+        name, number = path.stem, 2
+        while name in taken:
+            name, number = f"{path.stem}-{number}", number + 1
+        taken.add(name)
+        inference.save_prediction(result, out / f"{name}.png", title=str(path))
+        labels = ", ".join(f"{label} {score:.3f}" for label, score in zip(result.names, result.scores, strict=True))
+        print(f"{path}: {labels}  [{out / name}.png]")
+    if failed:
+        print(f"{failed} of {len(paths)} images could not be read", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _scenes(arguments: argparse.Namespace) -> int:
+    from mlhead.data.export import write_scenes
+
+    given = _given(arguments)
+    config = TrainConfig(**given)
+    if arguments.count < 1:
+        usage_fail("--count", "at least 1", arguments.count)
+    folder = Path(arguments.folder)
+    write_scenes(
+        folder,
+        arguments.count,
+        split=arguments.split,
+        num_classes=config.num_classes,
+        size=config.image_size,
+        seed=config.seed,
+    )
+    print(f"{arguments.count} scenes in {folder / 'images'}, labels in {folder / 'labels.csv'}")
+    return 0
+
+
+def _demo(arguments: argparse.Namespace) -> int:
+    from mlhead import demo
+
+    demo.run(Path(arguments.out), steps=arguments.steps, seed=arguments.seed)
+    return 0
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    from mlhead import info
+
+    print(info.report())
+    return 0
+
+
+_COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
+    "train": _train,
+    "eval": _eval,
+    "predict": _predict,
+    "scenes": _scenes,
+    "demo": _demo,
+    "info": _info,
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command; returns its exit code: 0, 1 for a failure, 2 for a mistake in the arguments, 130 for Ctrl-C."""
+    parser = build_parser()
+    arguments, unknown = parser.parse_known_args(argv)
+    name = f"mlhead {arguments.command}"
+    if unknown:
+        known = [flag(item.name) for item in dataclasses.fields(TrainConfig)]
+        hint = closest(unknown[0].partition("=")[0], known) if arguments.command == "train" else ""
+        print(
+            f"{name}: error: {unknown[0]} must be an option or argument of {name}{hint}; see {name} --help",
+            file=sys.stderr,
+        )
+        return 2
+    try:
+        return _COMMANDS[arguments.command](arguments)
+    except UsageError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 2
+    except FloatingPointError as error:
+        print(f"{name}: error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,140 @@
+"""What a checkpoint is for: measuring it on data, naming the classes of images, and showing where each class looks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mlhead import building, visualize
+from mlhead._config import TrainConfig
+from mlhead._progress import Progress
+from mlhead._usage import UsageError, usage_fail
+from mlhead.backbones import HeadedModel
+from mlhead.checkpoints import load_checkpoint
+from mlhead.data.folder import open_image
+from mlhead.data.loading import BadSample, evaluation_loader
+from mlhead.data.reporting import BadDataLog
+from mlhead.data.sources import ImageSpec, open_source
+from mlhead.evaluation import choose_device, evaluate
+
+
+class Loaded(NamedTuple):
+    """A trained model in evaluation mode, and what it was trained with."""
+
+    model: HeadedModel
+    config: TrainConfig
+    image_spec: ImageSpec
+    class_names: list[str]
+    step: int
+    device: torch.device
+
+
+class Prediction(NamedTuple):
+    """The classes of one image, best first, and where each of them looks: heat (H, W) in [0, 1]."""
+
+    picture: NDArray[np.uint8]
+    names: list[str]
+    scores: list[float]
+    heats: NDArray[np.float32]
+
+
+def load_model(path: Path, *, device: str = "auto", weights: str = "auto") -> Loaded:
+    """The model of a checkpoint.
+
+    Args:
+        path: of a checkpoint.
+        device: as `--device`.
+        weights: "ema" for the moving average, "model" for the weights themselves, "auto" for the first that is there.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+        UsageError: the moving average is asked for and the run had none.
+    """
+    state = load_checkpoint(path)
+    config = TrainConfig(**state["config"])
+    spec = ImageSpec(**state["image_spec"])
+    model = building.build_model(config, len(state["class_names"]), spec.channels, load_weights=False)
+    if weights == "ema" and state["ema"] is None:
+        usage_fail("--weights", "'model' for a run without --ema", "'ema'")
+    chosen = state["ema"] if weights != "model" and state["ema"] is not None else state["model"]
+    try:
+        model.load_state_dict(chosen)
+    except RuntimeError as error:
+        reason = " ".join(str(error).split())
+        raise UsageError(f"checkpoint {path} does not fit the model that its options describe: {reason}") from error
+    chosen_device = choose_device(device)
+    return Loaded(model.to(chosen_device).eval(), config, spec, state["class_names"], state["step"], chosen_device)
+
+
+def evaluate_checkpoint(
+    path: Path,
+    *,
+    split: str = "test",
+    changes: dict[str, Any] | None = None,
+    device: str = "auto",
+    weights: str = "auto",
+    stream: Any = None,
+) -> dict[str, float]:
+    """The metrics of a checkpoint on a split of its own data, or of other data given by `changes` to its options."""
+    loaded = load_model(path, device=device, weights=weights)
+    config = TrainConfig(**{**vars(loaded.config), **(changes or {})})
+    say = Progress(0, "", stream=stream).say
+    bad_data = BadDataLog(config.on_bad_data, say)
+    source = open_source(config, bad_data, loaded.class_names)
+    if source.class_names != loaded.class_names:
+        usage_fail("--num-classes", f"{len(loaded.class_names)} as in the checkpoint", len(source.class_names))
+    dataset = source.dataset(split, loaded.image_spec)
+    loader = evaluation_loader(dataset, len(loaded.class_names), config.batch_size, workers=config.workers)
+    progress = Progress(len(loader), f"evaluating {split}", unit_size=config.batch_size, stream=stream)
+    metrics = evaluate(loaded.model, loader, config, len(loaded.class_names), loaded.device, bad_data, progress)
+    progress.close()
+    if summary := bad_data.summary():
+        say(summary)
+    return metrics
+
+
+@torch.no_grad()
+def predict_tensor(loaded: Loaded, image: Tensor, *, top: int = 5, threshold: float = 0.5) -> Prediction:
+    """The classes of one normalised image (channels, H, W): those at or above the threshold, at most `top`.
+
+    At least one class is returned, the best, so that the picture always has something to show.
+    """
+    images = image.unsqueeze(0).to(loaded.device)
+    features = loaded.model.forward_features(images)
+    logits = building.scores_as_logits(loaded.config, loaded.model.head(features).float())
+    scores, classes = logits[0].sigmoid().topk(min(top, len(loaded.class_names)))
+    count = max(1, int((scores >= threshold).sum()))
+    scores, classes = scores[:count], classes[:count]
+    attention = loaded.model.head.attention_maps(features, classes)[0]  # type: ignore[operator]
+    picture = loaded.image_spec.to_picture(image)
+    heats = visualize.heat_maps(attention, features, *picture.shape[:2])
+    return Prediction(picture, [loaded.class_names[c] for c in classes.tolist()], scores.tolist(), heats)
+
+
+def predict_files(
+    loaded: Loaded, paths: Sequence[Path], *, top: int = 5, threshold: float = 0.5
+) -> list[Prediction | BadSample]:
+    """Predictions for image files, in order; a file that cannot be read gives a `BadSample` with the reason."""
+    transform = loaded.image_spec.transform()
+    results: list[Prediction | BadSample] = []
+    for path in paths:
+        image = open_image(path, loaded.image_spec.mode)
+        if isinstance(image, BadSample):
+            results.append(image)
+        else:
+            results.append(predict_tensor(loaded, transform(image), top=top, threshold=threshold))
+    return results
+
+
+def save_prediction(prediction: Prediction, path: Path, title: str = "") -> None:
+    """A picture of the image and, for each class, of where it looks."""
+    row = [visualize.Panel(prediction.picture, "image")]
+    for name, score, heat in zip(prediction.names, prediction.scores, prediction.heats, strict=True):
+        row.append(visualize.Panel(prediction.picture, f"{name}  {score:.2f}", heat))
+    visualize.panel_grid([row], path, title=title)

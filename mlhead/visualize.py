@@ -1,0 +1,178 @@
+"""Pictures: where each class looks, and how a run went. Drawn without pyplot, so nothing global changes."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from torch import Tensor
+
+from mlhead._check import fail
+from mlhead._usage import require
+from mlhead.checkpoints import write_atomically
+
+PIXELS = 320  # shown size of the longer side of an image
+INK, PAPER, GREY = "#1b1f24", "#ffffff", "#8a929c"
+COLOURS = ("#8a929c", "#d1495b", "#00798c", "#edae49", "#66507a")
+
+
+class Panel(NamedTuple):
+    """One image of a figure: picture (H, W, 3) uint8, title, heat (H, W) in [0, 1] or None, boxes (top, left, h, w)."""
+
+    picture: NDArray[np.uint8]
+    title: str = ""
+    heat: NDArray[np.float32] | None = None
+    boxes: Sequence[tuple[int, int, int, int]] = ()
+    good: bool | None = None
+
+
+def grid_of(positions: int, height: int, width: int) -> tuple[int, int]:
+    """Rows and columns of a map of L = `positions` of an image of this shape: the two factors that are nearest to it.
+
+    Raises:
+        ValueError: no two factors come within a factor of 2 of the image's shape.
+    """
+    pairs = [(rows, positions // rows) for rows in range(1, positions + 1) if positions % rows == 0]
+    rows, columns = min(pairs, key=lambda p: abs(np.log((p[0] / p[1]) / (height / width))))
+    if not 0.5 <= (rows / columns) / (height / width) <= 2:
+        fail("grid_of", "positions", f"a grid for an image of {height}x{width}", positions)
+    return rows, columns
+
+
+def heat_maps(attention: Tensor, features: Tensor, height: int, width: int) -> NDArray[np.float32]:
+    """Attention over positions as pictures.
+
+    Args:
+        attention: (K, L), at least 0.
+        features: of one image, (1, D, H, W) or (1, L, D): says how the positions lie.
+        height: of the picture, in pixels.
+        width: of the picture, in pixels.
+
+    Returns:
+        (K, height, width) fp32, each map scaled so that its largest value is 1 (0 where there is no attention).
+    """
+    rows, columns = features.shape[-2:] if features.ndim == 4 else grid_of(features.shape[1], height, width)
+    maps = attention.detach().float().cpu().reshape(-1, 1, rows, columns)
+    maps = F.interpolate(maps, (height, width), mode="bicubic", align_corners=False).clamp(min=0)
+    top = maps.amax(dim=(2, 3), keepdim=True)
+    return torch.where(top > 0, maps / top.clamp(min=1e-12), 0.0)[:, 0].numpy()
+
+
+def enlarge(picture: NDArray[np.uint8], pixels: int = PIXELS) -> NDArray[np.uint8]:
+    """Repeats the pixels of a small picture a whole number of times, so that they stay sharp."""
+    times = max(1, pixels // max(picture.shape[:2]))
+    return picture.repeat(times, axis=0).repeat(times, axis=1)
+
+
+def overlay(picture: NDArray[np.uint8], heat: NDArray[np.float32], strength: float = 0.75) -> NDArray[np.uint8]:
+    """Heat (H, W) in [0, 1] as colour over a picture (H, W, 3) uint8, which shows wherever the heat is low."""
+    colours = require("matplotlib", "mlhead.visualize").colormaps["turbo"](0.25 + 0.65 * heat)[..., :3]
+    share = (strength * np.clip(heat, 0, 1) ** 0.8)[..., None]
+    ground = picture.astype(np.float32) / 255
+    return np.clip(255 * (ground * (1 - share) + colours * share + 0.25 * ground * share), 0, 255).astype(np.uint8)
+
+
+def _figure(width: float, height: float) -> Any:
+    require("matplotlib", "mlhead.visualize")
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png")
+    write_atomically(path, lambda file: file.write(buffer.getvalue()))
+
+
+def _draw(axes: Any, panel: Panel) -> None:
+    from matplotlib.patches import Rectangle
+
+    picture = enlarge(panel.picture)
+    height, width = picture.shape[:2]
+    if panel.heat is not None:
+        heat = torch.from_numpy(panel.heat)[None, None]
+        heat = F.interpolate(heat, (height, width), mode="bilinear", align_corners=False)[0, 0].clamp(0, 1)
+        picture = overlay(picture, heat.numpy())
+    axes.imshow(picture, interpolation="nearest")
+    times = height / panel.picture.shape[0]
+    for top, left, tall, wide in panel.boxes:
+        corner = (left * times - 0.5, top * times - 0.5)
+        axes.add_patch(Rectangle(corner, wide * times, tall * times, fill=False, edgecolor="#ffffff", linewidth=1.2))
+    colour = INK if panel.good is None else ("#1a7f37" if panel.good else "#c62828")
+    axes.set_title(panel.title, fontsize=9, color=colour, pad=3)
+    axes.set_axis_off()
+
+
+def panel_grid(
+    rows: Sequence[Sequence[Panel | None]], path: Path, *, title: str = "", row_names: Sequence[str] = ()
+) -> None:
+    """Saves rows of panels as one PNG; None leaves a place empty."""
+    columns = max(len(row) for row in rows)
+    left = 0.95 if row_names else 0.1
+    top = 0.45 if title else 0.1
+    figure = _figure(left + 1.75 * columns + 0.1, top + 1.98 * len(rows) + 0.1)
+    width, height = figure.get_size_inches()
+    grid = figure.add_gridspec(
+        len(rows), columns, left=left / width, right=1 - 0.1 / width, top=1 - (top + 0.23) / height,
+        bottom=0.08 / height, wspace=0.06, hspace=0.2,
+    )  # fmt: skip
+    if title:
+        figure.suptitle(title, x=0.12 / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=11, color=INK)
+    for i, row in enumerate(rows):
+        for j, panel in enumerate(row):
+            if panel is None:
+                continue
+            axes = figure.add_subplot(grid[i, j])
+            _draw(axes, panel)
+            if j == 0 and row_names:
+                axes.text(-0.07, 0.5, row_names[i], transform=axes.transAxes, ha="right", va="center", fontsize=10)
+    _save(figure, path)
+
+
+def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path, *, title: str = "") -> None:
+    """Training loss and validation mAP over the steps, a line for each run.
+
+    Args:
+        runs: name of each run and the records of its log.jsonl.
+        path: of the PNG.
+        title: above the two panels.
+    """
+    figure = _figure(9.0, 3.7)
+    loss_axes, map_axes = figure.subplots(1, 2)
+    for number, (name, records) in enumerate(runs.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
+        val = [(r["step"], r["mAP"]) for r in records if r["kind"] == "val"]
+        if train:
+            loss_axes.plot(*zip(*train, strict=True), color=colour, linewidth=1.6, label=name)
+        if val:
+            map_axes.plot(*zip(*val, strict=True), color=colour, linewidth=1.8, marker="o", markersize=3.5)
+            map_axes.annotate(
+                f"{name} {val[-1][1]:.3f}", val[-1], xytext=(6, 0), textcoords="offset points", color=colour,
+                fontsize=9, va="center",
+            )  # fmt: skip
+    loss_axes.set_title("training loss", fontsize=10, loc="left")
+    loss_axes.set_yscale("log")
+    loss_axes.legend(frameon=False, fontsize=9)
+    map_axes.set_title("validation mAP", fontsize=10, loc="left")
+    map_axes.set_ylim(0, 1.02)
+    map_axes.margins(x=0.22)
+    for axes in (loss_axes, map_axes):
+        axes.set_xlabel("step", fontsize=9)
+        axes.tick_params(labelsize=8)
+        axes.grid(color="#e4e7eb", linewidth=0.7)
+        axes.spines[["top", "right"]].set_visible(False)
+    if title:
+        figure.suptitle(title, fontsize=11, x=0.03, ha="left", color=INK)
+    figure.subplots_adjust(left=0.07, right=0.97, bottom=0.14, top=0.83 if title else 0.9, wspace=0.18)
+    _save(figure, path)
