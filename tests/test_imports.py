@@ -129,7 +129,10 @@ def test_works_without_the_extension() -> None:
 
 def test_missing_packages_say_what_to_install() -> None:
     blocked = ["triton", "timm"]
-    triton = "os.environ['TRITON_INTERPRET'] = '1'; mlhead.group_fc(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), backend='triton')"
+    triton = (
+        "os.environ['TRITON_INTERPRET'] = '1'\n"
+        "mlhead.group_fc(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1), backend='triton')"
+    )
     result = _run(BLOCK.format(blocked=blocked) + triton)
     assert "the package triton cannot be imported: No module named 'triton'" in result.stderr
 

@@ -60,10 +60,11 @@ def csra_pool(
     s = _scores(x, weight, bias, normalize)
     logits = s.mean(-1).sum(0)
     for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
-        # A one-hot times a score would carry no more than the gather; a product would turn 0 * inf into NaN.
-        pooled = (
-            s_h.gather(-1, _first_maximum(s_h)).squeeze(-1) if math.inf == T else (_attention(s_h, T) * s_h).sum(-1)
-        )
+        if T < math.inf:
+            pooled = (_attention(s_h, T) * s_h).sum(-1)
+        else:
+            # A one-hot times a score would carry no more than the gather, and turn 0 * inf into NaN.
+            pooled = s_h.gather(-1, _first_maximum(s_h)).squeeze(-1)
         logits = logits + lam_h * pooled
     return logits.to(x.dtype)
 
@@ -87,7 +88,7 @@ def csra_pool_grad(
     heads = []
     for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
         p = _attention(s_h, T)
-        if T != math.inf:
+        if T < math.inf:
             p = p * (1.0 + T * (s_h - (p * s_h).sum(-1, keepdim=True)))
         heads.append(dlogits * (1.0 / s.shape[-1] + lam_h * p))
     ds = torch.stack(heads) if heads else torch.zeros_like(s)

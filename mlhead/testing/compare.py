@@ -4,8 +4,8 @@
 
 The oracle is the reference in fp64 on the same (rounded) inputs, `torch` the reference in the dtype of the result and
 eps the rounding unit of that dtype. An element that the oracle gives as exactly 0, such as the gradient of a class
-that does not exist, must be exactly 0; infinities and NaN must stand where the oracle has them. For an fp64 result plain
-torch and the oracle are one; there plain torch's error is its error in fp32, scaled by the ratio of the rounding units.
+that does not exist, must be exactly 0; infinities and NaN must stand where the oracle has them. For an fp64 result,
+plain torch and the oracle are one: there plain torch's error is its error in fp32, scaled by the ratio of the units.
 """
 
 from __future__ import annotations
