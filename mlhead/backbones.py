@@ -169,8 +169,10 @@ def unused_parameters(model: nn.Module, x: Any) -> list[str]:
     Returns:
         Names as in `model.named_parameters()`.
     """
-    modes = {module: module.training for module in model.modules()}
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if not trainable:
+        return []
+    modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
         with torch.enable_grad():

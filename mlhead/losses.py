@@ -34,7 +34,8 @@ def _check_values(where: str, targets: Tensor, low: float, high: float) -> None:
     # One pass over the targets; aminmax hands NaN on, and NaN fails both comparisons.
     smallest, largest = torch.aminmax(targets.detach())
     if targets.device.type == "cuda":
-        torch._assert_async((smallest >= low) & (largest <= high))
+        message = f"{where}: targets must be in [{low:g}, {high:g}] and not NaN"
+        torch._assert_async((smallest >= low) & (largest <= high), message)
     elif not (smallest >= low and largest <= high):
         found = "NaN" if math.isnan(smallest.item()) else f"values from {smallest.item():g} to {largest.item():g}"
         _check.fail(where, "targets", f"in [{low:g}, {high:g}] and not NaN", found)

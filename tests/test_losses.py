@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -379,3 +381,18 @@ def test_no_synchronisation_on_cuda(loss: Loss) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     torch.testing.assert_close(value.cpu(), expected)
+
+
+@pytest.mark.gpu
+def test_wrong_targets_on_cuda_are_an_error() -> None:
+    """An asynchronous one; in a process of its own, since a device assertion ends the CUDA context."""
+    script = (
+        "import torch\n"
+        "from mlhead.losses import binary_cross_entropy\n"
+        "binary_cross_entropy(torch.zeros(2, 3, device='cuda'), torch.full((2, 3), {value}, device='cuda'))\n"
+        "torch.cuda.synchronize()\n"
+    )
+    for value, code in (("1.0", 0), ("1.5", 1), ("float('nan')", 1)):
+        process = subprocess.run([sys.executable, "-c", script.format(value=value)], capture_output=True, text=True)
+        assert (process.returncode != 0) == code, process.stderr
+        assert ("assert" in process.stderr) == code, process.stderr

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from .. import _check
 
 
-class Head(nn.Module):
+class Head(nn.Module, ABC):
     """A classification head: features in, logits (B, C) out.
 
-    Features are maps (B, D, H, W), contiguous or channels-last, or tokens (B, L, D). A subclass gives `forward`,
-    `reset`, `reset_parameters` and `attention_maps`.
+    Features are maps (B, D, H, W), contiguous or channels-last, or tokens (B, L, D). A subclass gives the
+    abstract methods.
 
     Args:
         in_features: D, the width of the features.
@@ -69,6 +69,7 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    @abstractmethod
     def _bias_and_gain(self) -> tuple[Tensor | None, float]:
         """The bias to set for a prior, of which the last axis is C, and what multiplies it in the logits."""
         raise NotImplementedError
