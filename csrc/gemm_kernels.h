@@ -19,54 +19,74 @@
 
 namespace mlhead::MLHEAD_ISA {
 
-// Hands out parts of the thread's scratch block, each aligned to a cache line.
+// Three parts of the thread's scratch block, each aligned to a cache line.
+template <typename T>
 struct Scratch {
-  char* next;
-  template <typename T>
-  T* take(int64_t count) {
-    T* p = reinterpret_cast<T*>(next);
-    next += divide_up(count * int64_t(sizeof(T)), 64) * 64;
-    return p;
+  T* part[3];
+  Scratch(int64_t count0, int64_t count1, int64_t count2) {
+    constexpr int64_t line = 64 / int64_t(sizeof(T));
+    const int64_t begin1 = divide_up(count0, line) * line, begin2 = begin1 + divide_up(count1, line) * line;
+    part[0] = static_cast<T*>(thread_scratch((begin2 + count2) * int64_t(sizeof(T))));
+    part[1] = part[0] + begin1;
+    part[2] = part[0] + begin2;
   }
 };
+
+// The registers of a row of B, shared out evenly over panels: 5 make 3 + 2, never 3 + 1 + 1, for a tile of one register
+// is bound by its loads.
+struct Panels {
+  int64_t vectors, count;
+  explicit Panels(int64_t vectors_) : vectors(vectors_), count(divide_up(vectors_, kVectors)) {}
+  int64_t first(int64_t p) const { return divide_up(p * vectors, count); }
+  int64_t width(int64_t p) const { return first(p + 1) - first(p); }
+};
+
+// Copies K rows of B to panels of contiguous numbers, zero-padded to whole registers.
+template <typename S, typename T>
+static void pack_panels(int64_t K, const S* b, int64_t b_k, int64_t b_n, int64_t columns, const Panels& panels,
+                        T* packed, int64_t block_k) {
+  constexpr int L = kLanes<T>;
+  constexpr int64_t some = 2 * L;  // rows at a time over all panels: a row is fetched once
+  for (int64_t k0 = 0; k0 < K; k0 += some)
+    for (int64_t p = 0; p < panels.count; ++p) {
+      const int64_t v0 = panels.first(p), w = panels.width(p) * L;
+      const int64_t rows = min(some, K - k0), valid = min(w, columns - v0 * L);
+      T* to = packed + v0 * L * block_k + k0 * w;
+      const S* from = b + k0 * b_k + v0 * L * b_n;
+      if (b_n == 1 && valid == w) {
+        if (w == 3 * L) copy_rows<S, T, 3>(rows, from, b_k, to);
+        if (w == 2 * L) copy_rows<S, T, 2>(rows, from, b_k, to);
+        if (w == L) copy_rows<S, T, 1>(rows, from, b_k, to);
+        continue;
+      }
+      copy_block<S, T>(rows, valid, from, b_k, b_n, to, w);
+      for (int64_t k = 0; k < rows; ++k)
+        for (int64_t i = valid; i < w; ++i) to[k * w + i] = 0;
+    }
+}
 
 template <typename S, typename T>
 static void run_n(const Gemm& g, const Plan& plan, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   constexpr int L = kLanes<T>;
   const int64_t rows = m1 - m0, columns = n1 - n0;
-  const int64_t vectors = divide_up(columns, L);
-  const int64_t panels = divide_up(vectors, kVectors);
+  const Panels panels(divide_up(columns, L));
+  const bool pack_b =
+      plan.pack_b || columns < panels.width(panels.count - 1) * L || (!std::is_same_v<S, T> && rows <= rows_of(1));
   const int64_t blocks_k = max(1, divide_up(g.K, plan.block_k));
   const int64_t block_k = divide_up(g.K, blocks_k);
-  const int64_t block_m = min(plan.block_m, rows);
-  const int64_t width = vectors * L;
+  const int64_t block_m = divide_up(rows, divide_up(rows, plan.block_m));
+  const int64_t width = panels.vectors * L;
   const int64_t c_rows = plan.scratch_c ? (blocks_k == 1 ? block_m : rows) : 0;
 
-  Scratch scratch{static_cast<char*>(
-      thread_scratch(256 + int64_t(sizeof(T)) * ((block_k + c_rows) * width + (plan.pack_a ? block_m * block_k : 0))))};
-  T* packed_b = scratch.take<T>(block_k * width);
-  T* packed_a = scratch.take<T>(plan.pack_a ? block_m * block_k : 0);
-  T* scratch_c = scratch.take<T>(c_rows * width);
+  Scratch<T> scratch(block_k * (pack_b ? width : kVectors * L), plan.pack_a ? block_m * block_k : 0, c_rows * width);
+  T *packed_b = scratch.part[0], *packed_a = scratch.part[1], *scratch_c = scratch.part[2];
 
   const S* b = static_cast<const S*>(g.b) + n0 * g.b_n;
   const T* bias = static_cast<const T*>(g.bias);
   for (int64_t kb = 0; kb < blocks_k; ++kb) {
     const int64_t k0 = kb * block_k;
     const int64_t K = min(block_k, g.K - k0);
-    // Panels share the registers evenly: 5 make 3 + 2, never 3 + 1 + 1, for a panel of one register is bound by
-    // latency.
-    const auto first_vector = [&](int64_t p) { return p * vectors / panels; };
-    const auto in_place = [&](int64_t p) { return !plan.pack_b && first_vector(p + 1) * L <= columns; };
-    for (int64_t p = 0; p < panels; ++p) {
-      if (in_place(p)) continue;
-      const int64_t v0 = first_vector(p), w = (first_vector(p + 1) - v0) * L;
-      const int64_t valid = min(w, columns - v0 * L);
-      T* to = packed_b + v0 * L * block_k;
-      copy_block<S, T>(K, valid, b + k0 * g.b_k + v0 * L * g.b_n, g.b_k, g.b_n, to, w);
-      if (valid < w)
-        for (int64_t k = 0; k < K; ++k)
-          for (int64_t i = valid; i < w; ++i) to[k * w + i] = 0;
-    }
+    if (pack_b) pack_panels<S, T>(K, b + k0 * g.b_k, g.b_k, g.b_n, columns, panels, packed_b, block_k);
     for (int64_t mb = 0; mb < rows; mb += block_m) {
       const int64_t here = min(block_m, rows - mb);
       const S* a_from = static_cast<const S*>(g.a) + (m0 + mb) * g.a_m + k0 * g.a_k;
@@ -84,23 +104,29 @@ static void run_n(const Gemm& g, const Plan& plan, int64_t m0, int64_t m1, int64
       T* c =
           plan.scratch_c ? scratch_c + (blocks_k == 1 ? 0 : mb * width) : static_cast<T*>(g.c) + (m0 + mb) * g.c_m + n0;
       const int64_t c_m = plan.scratch_c ? width : g.c_m;
-      for (int64_t p = 0; p < panels; ++p) {
-        const int64_t v0 = first_vector(p), count = first_vector(p + 1) - v0;
-        const bool direct = in_place(p);
+      for (int64_t p = 0; p < panels.count; ++p) {
+        const int64_t v0 = panels.first(p), count = panels.first(p + 1) - v0, w = count * L;
+        // In place, the last panel is pushed back to end with the last column, and skips what its neighbour computed.
+        const int64_t n = pack_b ? v0 * L : min(v0 * L, columns - w);
         Tile<T> t;
         t.K = K;
         t.a_m = a_m;
         t.a_k = a_k;
-        t.b = direct ? reinterpret_cast<const T*>(b) + k0 * g.b_k + v0 * L : packed_b + v0 * L * block_k;
-        t.b_k = direct ? g.b_k : count * L;
         t.c_m = c_m;
-        t.columns = min(count * L, columns - v0 * L);
-        t.bias = bias && kb == blocks_k - 1 ? bias + n0 + v0 * L : nullptr;
+        t.begin = v0 * L - n;
+        t.end = min(w, columns - n);
+        t.bias = bias && kb == blocks_k - 1 ? bias + n0 + n : nullptr;
         t.accumulate = kb > 0;
-        for (int64_t m = 0; m < here; m += kRows) {
+        const int64_t step = rows_of(int(count));
+        for (int64_t m = 0; m < here; m += step) {
+          const bool first = m == 0 && !pack_b;
+          const bool packs = first && here > step;  // else one pass is all there is
+          t.b = first ? static_cast<const void*>(b + k0 * g.b_k + n) : packed_b + (pack_b ? v0 * L * block_k : 0);
+          t.b_k = first ? g.b_k : w;
+          t.packed = packed_b;
           t.a = a + m * a_m;
-          t.c = c + m * c_m + v0 * L;
-          call_tile_n<T>(min(kRows, here - m), count, t);
+          t.c = c + m * c_m + n;
+          call_tile_n<T, S>(min(step, here - m), count, packs, t);
         }
       }
       if (plan.scratch_c && kb == blocks_k - 1)
@@ -116,12 +142,8 @@ static void run_k(const Gemm& g, const Plan& plan, int64_t m0, int64_t m1, int64
   const int64_t block_k = divide_up(g.K, blocks_k);
   const int64_t block_m = min(plan.block_m, rows);
 
-  Scratch scratch{static_cast<char*>(
-      thread_scratch(256 + int64_t(sizeof(T)) * (columns * rows + (plan.pack_b ? columns : 0) * block_k +
-                                                 (plan.pack_a ? block_m : 0) * block_k)))};
-  T* sums = scratch.take<T>(columns * rows);
-  T* packed_b = scratch.take<T>(plan.pack_b ? columns * block_k : 0);
-  T* packed_a = scratch.take<T>(plan.pack_a ? block_m * block_k : 0);
+  Scratch<T> scratch(columns * rows, plan.pack_b ? columns * block_k : 0, plan.pack_a ? block_m * block_k : 0);
+  T *sums = scratch.part[0], *packed_b = scratch.part[1], *packed_a = scratch.part[2];
 
   for (int64_t kb = 0; kb < blocks_k; ++kb) {
     const int64_t k0 = kb * block_k;

@@ -18,7 +18,7 @@ constexpr int64_t kNear = 1024;   // bytes between rows that may be read in plac
 constexpr int64_t kFewRows = 8;   // so few passes over B that copying it first does not pay
 constexpr int64_t kBlockK = 256;  // 24 columns x 256 fp32 = 24 KiB of L1
 constexpr int64_t kBlockM = 96;   // 96 rows x 256 fp32 = 96 KiB of L2
-constexpr int64_t kDotBlockK = 2048;
+constexpr int64_t kDotBlockK = 768;
 constexpr int64_t kTileVectors = 16;       // widest tile, in registers
 constexpr int64_t kScratchC = 256 * 1024;  // bytes
 constexpr int64_t kWantedTiles = 64;       // enough for any number of cores that a bag of this size can use
@@ -34,8 +34,7 @@ bool is_16_bit(Dtype dtype) {
 
 // Whether B must be copied before vectors along n can read it.
 bool must_pack_b(const Gemm& g) {
-  if (is_16_bit(g.dtype) || g.b_n != 1) return true;
-  return std::abs(g.b_k) * element_size(g.dtype) > kNear && g.M > kFewRows;
+  return g.b_n != 1;
 }
 
 double cost_n(const Gemm& g, int64_t lanes) {
@@ -48,7 +47,8 @@ double cost_n(const Gemm& g, int64_t lanes) {
 
 double cost_k(const Gemm& g, int64_t lanes) {
   const double M = double(g.M), N = double(g.N), K = double(g.K);
-  double cycles = kMultiplyAdd * M * N * double(divide_up(g.K, lanes)) + kFold * M * N;
+  double cycles =
+      kMultiplyAdd * M * N * double(divide_up(g.K, lanes)) + kFold * M * N * double(divide_up(g.K, kDotBlockK));
   if (g.a_k != 1) cycles += kTransposedCopy * M * K;
   if (g.b_k != 1) cycles += kTransposedCopy * N * K;
   return cycles;
@@ -104,7 +104,9 @@ Plan plan_gemm(const Gemm& gemm, int64_t lanes, int64_t copies) {
   const double work = double(g.M) * double(g.N) * double(g.K);
   const int64_t wanted = std::min<int64_t>(divide_up(kWantedTiles, std::max<int64_t>(1, copies * columns)),
                                            int64_t(work / double(std::max<int64_t>(1, columns)) / kTileWork));
-  if (wanted > 1) plan.tile_m = std::min(plan.tile_m, std::max<int64_t>(16, divide_up(divide_up(g.M, wanted), 8) * 8));
+  if (wanted > 1)
+    plan.tile_m =
+        std::min(plan.tile_m, std::max<int64_t>(plan.pack_b ? 96 : 16, divide_up(divide_up(g.M, wanted), 8) * 8));
   plan.tiles_m = divide_up(g.M, plan.tile_m);
   plan.tiles_n = columns;
   return plan;

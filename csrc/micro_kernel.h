@@ -4,8 +4,9 @@
 // tile_n (vectors along n). C is R rows x V registers. A step of k loads V registers of B and broadcasts R numbers of A
 // straight from memory, for R*V multiply-adds. With 16 registers, 4 x 3 = 12 accumulators hide the latency of the
 // multiply-add (4 cycles, two a cycle: 8 are enough) and cost 7 loads for 12 multiply-adds, under the two loads a cycle
-// that the core can do. With 32 registers (AVX-512), 8 x 3. Four rows rather than six also because rows of h are G*E
-// apart, often a multiple of 4096 bytes: they compete for the same 8 ways of L1.
+// that the core can do; 6 x 2 and 8 x 1 serve the last columns (4 x 2 was a fifth slower: rows of B that straddle cache
+// lines cost extra loads). Four rows rather than six by two also because rows of h are G*E apart, often a multiple of
+// 4096 bytes: they compete for the same 8 ways of L1. With 32 registers (AVX-512), twice the rows.
 //
 // tile_k (vectors along k). C is R x V numbers, each a register of partial sums that is folded at the end: R + V loads
 // for R*V multiply-adds. For products with few columns (J = 1: a batch of dot products), where vectors along n would be
@@ -16,8 +17,11 @@
 
 namespace mlhead::MLHEAD_ISA {
 
-inline constexpr int kRows = MLHEAD_VECTOR_BYTES == 64 ? 8 : 4;  // AVX-512 has 32 registers, the others 16
 inline constexpr int kVectors = 3;
+// The most rows of a tile V registers wide: AVX-512 has 32 registers, the others 16.
+MLHEAD_INLINE constexpr int rows_of(int V) {
+  return (V == 3 ? 4 : V == 2 ? 6 : 8) * (MLHEAD_VECTOR_BYTES == 64 ? 2 : 1);
+}
 inline constexpr int kDotRows = 4;
 inline constexpr int kDotColumns = 3;
 
@@ -26,16 +30,17 @@ struct Tile {
   int64_t K;
   const T* a;
   int64_t a_m, a_k;
-  const T* b;
-  int64_t b_k;  // b_n is 1
+  const void* b;  // numbers of T, or of S where the tile packs
+  int64_t b_k;    // b_n is 1
+  T* packed;      // where a tile that packs leaves B for those that follow
   T* c;
-  int64_t c_m;      // c_n is 1
-  int64_t columns;  // columns of C that exist: the last register may be partly empty
-  const T* bias;    // added when the sum is complete; or null
-  bool accumulate;  // C holds the sum over earlier blocks of k
+  int64_t c_m;         // c_n is 1
+  int64_t begin, end;  // the columns of the tile that are written: all V * L, fewer at an edge
+  const T* bias;       // added when the sum is complete; or null
+  bool accumulate;     // C holds the sum over earlier blocks of k
 };
 
-// Writes only the columns that exist.
+// Writes only the columns from begin to end.
 template <typename T>
 static __attribute__((noinline)) void store_edge(const Tile<T>& t, int rows, int vectors, const Vec<T>* acc) {
   constexpr int L = kLanes<T>;
@@ -43,9 +48,9 @@ static __attribute__((noinline)) void store_edge(const Tile<T>& t, int rows, int
     for (int v = 0; v < vectors; ++v) {
       T* c = t.c + r * t.c_m + v * L;
       const T* bias = t.bias ? t.bias + v * L : nullptr;
-      const int64_t valid = min(L, t.columns - v * L);
       Vec<T> sum = acc[r * vectors + v];
-      if (valid == L) {
+      const int64_t first = max(0, t.begin - v * L), last = min(L, t.end - v * L);
+      if (first == 0 && last == L) {
         if (t.accumulate) sum += load(c);
         if (bias) sum += load(bias);
         store(c, sum);
@@ -53,22 +58,29 @@ static __attribute__((noinline)) void store_edge(const Tile<T>& t, int rows, int
       }
       T lanes[L];
       store(lanes, sum);
-      for (int64_t i = 0; i < valid; ++i) c[i] = lanes[i] + (t.accumulate ? c[i] : T(0)) + (bias ? bias[i] : T(0));
+      for (int64_t i = first; i < last; ++i) c[i] = lanes[i] + (t.accumulate ? c[i] : T(0)) + (bias ? bias[i] : T(0));
     }
 }
 
-template <typename T, int R, int V>
+// B holds numbers of the storage type S. With PACK the tile leaves a copy of B behind, contiguous and of type T: the
+// stores hide under the multiply-adds, so packing costs nothing, and the tiles of the following rows read whole cache
+// lines.
+template <typename T, typename S, bool PACK, int R, int V>
 static void tile_n(const Tile<T>& t) {
   constexpr int L = kLanes<T>;
   Vec<T> acc[R][V] = {};
   const T* a = t.a;
-  const T* b = t.b;
+  const S* b = static_cast<const S*>(t.b);
+  T* packed = t.packed;
   const int64_t a_m = t.a_m, a_k = t.a_k, b_k = t.b_k;
   for (int64_t k = 0; k < t.K; ++k) {
     Vec<T> bv[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) bv[v] = load(b + v * L);
-#pragma GCC unroll 8
+    for (int v = 0; v < V; ++v) {
+      bv[v] = load(b + v * L);
+      if (PACK) store(packed + v * L, bv[v]);
+    }
+#pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
       const T x = a[r * a_m];
 #pragma GCC unroll 8
@@ -76,8 +88,9 @@ static void tile_n(const Tile<T>& t) {
     }
     a += a_k;
     b += b_k;
+    if (PACK) packed += V * L;
   }
-  if (t.columns < V * L) {  // out of line: rare, and its code would be longer than all the rest
+  if (t.begin > 0 || t.end < V * L) {  // out of line: rare, and its code would be longer than all the rest
     Vec<T> edge[R * V];
 #pragma GCC unroll 32
     for (int i = 0; i < R * V; ++i) edge[i] = acc[i / V][i % V];
@@ -135,19 +148,29 @@ static void tile_k(const DotTile<T>& t) {
     }
 }
 
-// The functions above for every number of rows and columns at an edge: table[rows - 1][columns - 1].
+// The functions above for every number of rows and columns.
 template <typename T>
 using TileFunction = void (*)(const Tile<T>&);
 template <typename T>
 using DotFunction = void (*)(const DotTile<T>&);
 
-template <typename T>
-inline constexpr TileFunction<T> kTilesOfFour[4][kVectors] = {
-    {tile_n<T, 1, 1>, tile_n<T, 1, 2>, tile_n<T, 1, 3>},
-    {tile_n<T, 2, 1>, tile_n<T, 2, 2>, tile_n<T, 2, 3>},
-    {tile_n<T, 3, 1>, tile_n<T, 3, 2>, tile_n<T, 3, 3>},
-    {tile_n<T, 4, 1>, tile_n<T, 4, 2>, tile_n<T, 4, 3>},
-};
+template <typename T, int V, int... R>
+MLHEAD_INLINE void call_tile_n(int64_t rows, const Tile<T>& t, std::integer_sequence<int, R...>) {
+  static constexpr TileFunction<T> functions[] = {tile_n<T, T, false, R + 1, V>...};
+  functions[rows - 1](t);
+}
+// `rows` are rows_of(vectors) or, without packing, fewer.
+template <typename T, typename S>
+MLHEAD_INLINE void call_tile_n(int64_t rows, int64_t vectors, bool pack, const Tile<T>& t) {
+  if (pack) {
+    static constexpr TileFunction<T> packing[] = {tile_n<T, S, true, rows_of(1), 1>, tile_n<T, S, true, rows_of(2), 2>,
+                                                  tile_n<T, S, true, rows_of(3), 3>};
+    return packing[vectors - 1](t);
+  }
+  if (vectors == 3) return call_tile_n<T, 3>(rows, t, std::make_integer_sequence<int, rows_of(3)>());
+  if (vectors == 2) return call_tile_n<T, 2>(rows, t, std::make_integer_sequence<int, rows_of(2)>());
+  call_tile_n<T, 1>(rows, t, std::make_integer_sequence<int, rows_of(1)>());
+}
 
 template <typename T>
 inline constexpr DotFunction<T> kDots[kDotRows][kDotColumns] = {
@@ -156,19 +179,5 @@ inline constexpr DotFunction<T> kDots[kDotRows][kDotColumns] = {
     {tile_k<T, 3, 1>, tile_k<T, 3, 2>, tile_k<T, 3, 3>},
     {tile_k<T, 4, 1>, tile_k<T, 4, 2>, tile_k<T, 4, 3>},
 };
-
-template <typename T>
-MLHEAD_INLINE void call_tile_n(int64_t rows, int64_t vectors, const Tile<T>& t) {
-#if MLHEAD_VECTOR_BYTES == 64
-  static constexpr TileFunction<T> of_eight[4][kVectors] = {
-      {tile_n<T, 5, 1>, tile_n<T, 5, 2>, tile_n<T, 5, 3>},
-      {tile_n<T, 6, 1>, tile_n<T, 6, 2>, tile_n<T, 6, 3>},
-      {tile_n<T, 7, 1>, tile_n<T, 7, 2>, tile_n<T, 7, 3>},
-      {tile_n<T, 8, 1>, tile_n<T, 8, 2>, tile_n<T, 8, 3>},
-  };
-  if (rows > 4) return of_eight[rows - 5][vectors - 1](t);
-#endif
-  kTilesOfFour<T>[rows - 1][vectors - 1](t);
-}
 
 }  // namespace mlhead::MLHEAD_ISA

@@ -39,6 +39,15 @@ static void copy_block(int64_t rows, int64_t columns, const S* src, int64_t s_r,
       dst[r * ld + c] = load_scalar(src + r * s_r + c * s_c);
 }
 
+// Rows of V whole registers, to contiguous memory.
+template <typename S, typename T, int V>
+static void copy_rows(int64_t rows, const S* src, int64_t s_r, T* dst) {
+  constexpr int L = kLanes<T>;
+  for (int64_t r = 0; r < rows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) store(dst + (r * V + v) * L, load(src + r * s_r + v * L));
+}
+
 // dst[r * d_r + c * d_c] = src[r * ld + c], rounding to the storage type; the mirror image of copy_block.
 template <typename T, typename S>
 static void write_block(int64_t rows, int64_t columns, const T* src, int64_t ld, S* dst, int64_t d_r, int64_t d_c) {
