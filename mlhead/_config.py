@@ -141,7 +141,7 @@ def _checked(item: dataclasses.Field[Any], value: Any) -> Any:
     if least is not None and not value >= least:
         usage_fail(argument, f"at least {least:g}", value)
     if choices is not None and value not in choices:
-        usage_fail(argument, f"one of {', '.join(choices)}", repr(value) + closest(value, choices))
+        usage_fail(argument, f"one of {', '.join(choices)}", repr(value) + closest(str(value), choices))
     return value
 
 

@@ -55,13 +55,14 @@ def heat_maps(attention: Tensor, features: Tensor, height: int, width: int) -> N
         width: of the picture, in pixels.
 
     Returns:
-        (K, height, width) fp32, each map scaled so that its largest value is 1 (0 where there is no attention).
+        (K, height, width) fp32 in [0, 1]: attention above that of a uniform map, over the map's largest value. So
+        attention to one position gives nearly 1 there, and attention to everything alike gives 0 everywhere.
     """
     rows, columns = features.shape[-2:] if features.ndim == 4 else grid_of(features.shape[1], height, width)
     maps = attention.detach().float().cpu().reshape(-1, 1, rows, columns)
     maps = F.interpolate(maps, (height, width), mode="bicubic", align_corners=False).clamp(min=0)
-    top = maps.amax(dim=(2, 3), keepdim=True)
-    return torch.where(top > 0, maps / top.clamp(min=1e-12), 0.0)[:, 0].numpy()
+    top, uniform = maps.amax(dim=(2, 3), keepdim=True), maps.mean(dim=(2, 3), keepdim=True)
+    return torch.where(top > 0, (maps - uniform).clamp(min=0) / top.clamp(min=1e-12), 0.0)[:, 0].numpy()
 
 
 def enlarge(picture: NDArray[np.uint8], pixels: int = PIXELS) -> NDArray[np.uint8]:
@@ -118,7 +119,7 @@ def panel_grid(
 ) -> None:
     """Saves rows of panels as one PNG; None leaves a place empty."""
     columns = max(len(row) for row in rows)
-    left = 0.95 if row_names else 0.1
+    left = 1.1 if row_names else 0.1
     top = 0.45 if title else 0.1
     figure = _figure(left + 1.75 * columns + 0.1, top + 1.98 * len(rows) + 0.1)
     width, height = figure.get_size_inches()
@@ -147,8 +148,9 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path,
         path: of the PNG.
         title: above the two panels.
     """
-    figure = _figure(9.0, 3.7)
+    figure = _figure(9.6, 3.7)
     loss_axes, map_axes = figure.subplots(1, 2)
+    ends: list[tuple[float, int, str, str]] = []
     for number, (name, records) in enumerate(runs.items()):
         colour = COLOURS[number % len(COLOURS)]
         train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
@@ -157,22 +159,26 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path,
             loss_axes.plot(*zip(*train, strict=True), color=colour, linewidth=1.6, label=name)
         if val:
             map_axes.plot(*zip(*val, strict=True), color=colour, linewidth=1.8, marker="o", markersize=3.5)
-            map_axes.annotate(
-                f"{name} {val[-1][1]:.3f}", val[-1], xytext=(6, 0), textcoords="offset points", color=colour,
-                fontsize=9, va="center",
-            )  # fmt: skip
+            ends.append((val[-1][1], val[-1][0], f"{name} {val[-1][1]:.3f}", colour))
+    lowest = -1.0
+    for height, step, text, colour in sorted(ends):
+        lowest = max(height, lowest + 0.06)  # names of curves that end alike stand above one another
+        map_axes.annotate(
+            text, (step, lowest), xytext=(7, 0), textcoords="offset points", color=colour, fontsize=9, va="center"
+        )
     loss_axes.set_title("training loss", fontsize=10, loc="left")
     loss_axes.set_yscale("log")
+    for axis_part in (loss_axes.yaxis.set_major_formatter, loss_axes.yaxis.set_minor_formatter):
+        axis_part(lambda value, _: f"{value:.2g}")
     loss_axes.legend(frameon=False, fontsize=9)
     map_axes.set_title("validation mAP", fontsize=10, loc="left")
-    map_axes.set_ylim(0, 1.02)
-    map_axes.margins(x=0.22)
+    map_axes.set_ylim(0, 1.08)
     for axes in (loss_axes, map_axes):
         axes.set_xlabel("step", fontsize=9)
-        axes.tick_params(labelsize=8)
+        axes.tick_params(which="both", labelsize=8)
         axes.grid(color="#e4e7eb", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
     if title:
         figure.suptitle(title, fontsize=11, x=0.03, ha="left", color=INK)
-    figure.subplots_adjust(left=0.07, right=0.97, bottom=0.14, top=0.83 if title else 0.9, wspace=0.18)
+    figure.subplots_adjust(left=0.08, right=0.86, bottom=0.14, top=0.83 if title else 0.9, wspace=0.18)
     _save(figure, path)

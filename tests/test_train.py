@@ -239,6 +239,23 @@ def test_a_diverged_run_stops_and_keeps_the_last_good_state(tmp_path):
     assert all(t.isfinite().all() for t in state["model"].values())
 
 
+def test_a_backbone_can_start_from_another_run(tmp_path):
+    run(tmp_path / "first", head="gap", num_classes=10, image_size=24, steps=2)
+    options = {"init_backbone": str(tmp_path / "first/last.pt"), "head": "csra", "lr": 0.0, "steps": 1}
+    run(tmp_path / "second", **options, eval_every=1)
+    a, b = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("first", "second"))
+    for name in a:
+        if name.startswith("backbone") and "running" not in name and "num_batches" not in name:
+            assert torch.equal(a[name], b[name]), name
+    (tmp_path / "first/last.pt").unlink()  # what it started from is not needed again
+    assert load_model(tmp_path / "second/last.pt", device="cpu").step == 1
+    with pytest.raises(UsageError, match="--init-backbone: checkpoint must be an existing file"):
+        run(tmp_path / "third", **options)
+    options["init_backbone"] = str(tmp_path / "second/last.pt")
+    with pytest.raises(UsageError, match="--init-backbone must be a run with the same backbone"):
+        run(tmp_path / "fourth", **{**options, "backbone": "test_vit", "image_size": 160})
+
+
 # Image folders
 
 

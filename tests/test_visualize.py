@@ -27,8 +27,8 @@ def test_heat_lies_where_the_attention_lay(rows, columns, height, width, as_toke
         heats = visualize.heat_maps(attention, features, height, width)
         assert heats.shape == (2, height, width)
         assert heats.min() >= 0
-        assert heats.max() == pytest.approx(1)
-        assert np.ptp(heats[0]) < 1e-5
+        assert 0.9 < heats[1].max() <= 1
+        assert heats[0].max() < 1e-5  # attention to everything alike is attention to nothing
         y, x = np.unravel_index(heats[1].argmax(), heats[1].shape)
         assert (y * rows // height, x * columns // width) == (row, column)
 
