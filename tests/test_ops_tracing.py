@@ -160,6 +160,19 @@ def _recorded_calls_arguments(case: OpCase, sample: Sample) -> list:
 
 
 @each_case
+def test_meta_tensors(case: OpCase) -> None:
+    """On the meta device: shapes without data, forward and backward, also under another device's autocast."""
+    sample = case.make(case.shapes[-1], torch.float32, "cpu", 0).map(lambda t: t.to("meta")).leaves()
+    options = {name: v.to("meta") if isinstance(v, Tensor) else v for name, v in sample.options.items()}
+    sample = Sample(sample.function, sample.tensors, options, sample.dout)
+    with torch.autocast("cpu"):
+        out = sample.call()
+    assert (out.shape, out.device.type, out.dtype) == (sample.dout.shape, "meta", torch.float32)
+    for name, grad in sample.gradients(out).items():
+        assert grad.shape == sample.tensors[name].shape  # type: ignore[union-attr]
+
+
+@each_case
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_rule(case: OpCase, compiled: bool) -> None:
     """Inputs are cast to autocast's dtype, the output has it, gradients come in the dtype of the inputs."""

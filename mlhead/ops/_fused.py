@@ -40,9 +40,14 @@ def is_transformed() -> bool:
     return _functorch_level() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def is_autocasting(device_type: str) -> bool:
+    """Whether autocast is on for a device; the meta device, which torch refuses to answer for, has none."""
+    return device_type != "meta" and torch.is_autocast_enabled(device_type)
+
+
 def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, ...]:
     """The autocast rule of every op: floating inputs but fp64 are cast to autocast's dtype, as for nn.Linear."""
-    if not torch.is_autocast_enabled(device_type):
+    if not is_autocasting(device_type):
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
@@ -137,7 +142,7 @@ class FusedOp:
     def _run(self, *args: Any) -> Any:
         device_type = args[0].device.type
         launch = self._launchers(args[-1], args[0])[0]
-        if torch.is_autocast_enabled(device_type):  # the inputs are in their final dtype here
+        if is_autocasting(device_type):  # the inputs are in their final dtype here
             with torch.autocast(device_type, enabled=False):
                 return launch(*args[:-1])
         return launch(*args[:-1])
@@ -145,7 +150,7 @@ class FusedOp:
     def _run_backward(self, *args: Any) -> Any:
         device_type = args[0].device.type
         launch = self._launchers(args[-1], args[1])[1]
-        if torch.is_autocast_enabled(device_type):
+        if is_autocasting(device_type):
             with torch.autocast(device_type, enabled=False):
                 return launch(*args[:-1])
         return launch(*args[:-1])

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check
 from ..reference import csra_pool as reference
-from ._fused import FusedOp, autocast
+from ._fused import FusedOp, autocast, is_autocasting
 
 
 def _fake(
@@ -100,7 +100,7 @@ def csra_pool(
         CSRA, Eq. 2-8, 13 and section 3.4; Fig. 1 is H = 1, T = inf, normalize=False on a trained classifier.
     """
     x = as_tokens("csra_pool", x)
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocasting(x.device.type):
         x, weight, bias = autocast(x.device.type, x, weight, bias)  # type: ignore[assignment]
     _check_weight("csra_pool", x, weight)
     H, C = weight.shape[:2]
@@ -141,7 +141,7 @@ def csra_attention(
         ValueError: A shape, a temperature or a class index does not fit.
     """
     x = as_tokens("csra_attention", x)
-    if torch.is_autocast_enabled(x.device.type):
+    if is_autocasting(x.device.type):
         x, weight = autocast(x.device.type, x, weight)  # type: ignore[assignment]
     _check_weight("csra_attention", x, weight)
     T = _check_temperatures("csra_attention", temperatures, weight.shape[0])

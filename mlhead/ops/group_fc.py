@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _check
 from .._backend import Implementation
 from ..reference import group_fc as reference
-from ._fused import FusedOp, autocast
+from ._fused import FusedOp, autocast, is_autocasting
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -91,7 +91,7 @@ def group_fc(
         _check.check_tensor("group_fc", name, value)
     _check.check_ndim("group_fc", "h", h, "(B, G, E)")
     device_type = h.device.type
-    if torch.is_autocast_enabled(device_type):
+    if is_autocasting(device_type):
         h, weight, bias = autocast(device_type, h, weight, bias)  # type: ignore[assignment]
     _check.check_like("group_fc", "weight", weight, "h", h)
     if bias is not None:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import _check
 from ..reference import query_attention as reference
-from ._fused import FusedOp, autocast
+from ._fused import FusedOp, autocast, is_autocasting
 
 
 def _fake(
@@ -108,7 +108,7 @@ def query_attention(
         ML-Decoder, Eq. 1 and 4.
     """
     _check.check_tensor("query_attention", "q", q)
-    if torch.is_autocast_enabled(q.device.type):
+    if is_autocasting(q.device.type):
         q, k, v = autocast(q.device.type, q, k, v)  # type: ignore[assignment]
     _check_queries("query_attention", q, k, num_heads, key_mask)
     _check.check_tensor("query_attention", "v", v)
@@ -135,7 +135,7 @@ def query_attention_weights(q: Tensor, k: Tensor, num_heads: int, *, key_mask: T
         ValueError: A shape or num_heads does not fit.
     """
     _check.check_tensor("query_attention_weights", "q", q)
-    if torch.is_autocast_enabled(q.device.type):
+    if is_autocasting(q.device.type):
         q, k = autocast(q.device.type, q, k)  # type: ignore[assignment]
     _check_queries("query_attention_weights", q, k, num_heads, key_mask)
     return reference.attention_weights(q, k, key_mask, num_heads).mean(1).to(q.dtype)
