@@ -1,0 +1,135 @@
+"""What mlhead is measured against: the papers' formulations, the best plain torch, and torch.compile of both.
+
+Every baseline takes the tensors and options of an op's sample. Those named "papers: ..." follow the published code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+Baseline = Callable[..., Tensor]
+
+
+def group_fc_loop(h: Tensor, weight: Tensor, bias: Tensor | None, *, num_classes: int) -> Tensor:
+    """ML-Decoder, App. L: one matrix product for each group, into zeros, then the slice and the bias."""
+    logits = torch.zeros(h.shape[0], h.shape[1], weight.shape[2], device=h.device, dtype=h.dtype)
+    for g in range(h.shape[1]):
+        logits[:, g, :] = torch.matmul(h[:, g, :], weight[g])
+    out = logits.flatten(1)[:, :num_classes]
+    return out if bias is None else out + bias
+
+
+def group_fc_bmm(h: Tensor, weight: Tensor, bias: Tensor | None, *, num_classes: int) -> Tensor:
+    """One batched product on transposed views."""
+    out = torch.bmm(h.transpose(0, 1), weight).transpose(0, 1).reshape(h.shape[0], -1)[:, :num_classes]
+    return out if bias is None else out + bias
+
+
+def group_fc_einsum(h: Tensor, weight: Tensor, bias: Tensor | None, *, num_classes: int) -> Tensor:
+    """The same as an einsum."""
+    out = torch.einsum("bge,gej->bgj", h, weight).flatten(1)[:, :num_classes]
+    return out if bias is None else out + bias
+
+
+def _unit_rows(weight: Tensor, normalize: bool) -> Tensor:
+    return weight / torch.linalg.vector_norm(weight, dim=-1, keepdim=True) if normalize else weight
+
+
+def _pool(scores: Tensor, temperature: float, lam: float) -> Tensor:
+    """Mean plus lam times the attention-weighted mean over the last axis."""
+    if temperature == math.inf:
+        attended = scores.amax(-1)
+    else:
+        attended = (torch.softmax(temperature * scores, -1) * scores).sum(-1)
+    return scores.mean(-1) + lam * attended
+
+
+def csra_pool_conv(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, temperatures: Any, lam: Any, normalize: bool
+) -> Tensor:
+    """CSRA's published code: for each head a 1x1 convolution, softmax and sums over its score map."""
+    lams = lam if isinstance(lam, tuple) else (lam,) * len(temperatures)
+    image = x.transpose(1, 2).unsqueeze(-1)
+    logits = []
+    for head, (temperature, lam_h) in enumerate(zip(temperatures, lams, strict=True)):
+        kernel = _unit_rows(weight[head], normalize)[:, :, None, None]
+        scores = F.conv2d(image, kernel, None if bias is None else bias[head]).flatten(2)
+        logits.append(_pool(scores, temperature, lam_h))
+    return torch.stack(logits).sum(0)
+
+
+def csra_pool_matmul(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, temperatures: Any, lam: Any, normalize: bool
+) -> Tensor:
+    """One matrix product for all heads."""
+    lams = lam if isinstance(lam, tuple) else (lam,) * len(temperatures)
+    H, C, D = weight.shape
+    scores = torch.matmul(_unit_rows(weight, normalize).view(H * C, D), x.transpose(1, 2)).unflatten(1, (H, C))
+    if bias is not None:
+        scores = scores + bias[None, :, :, None]
+    return torch.stack([_pool(scores[:, h], T, lams[h]) for h, T in enumerate(temperatures)]).sum(0)
+
+
+def _split(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(B, H, N, E / H) of queries repeated for every image, keys and values."""
+    q = q if q.ndim == 3 else q.expand(k.shape[0], *q.shape)
+    q, k, v = (t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (q, k, v))
+    return q, k, v
+
+
+def query_attention_mha(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, **options: Any) -> Tensor:
+    """What nn.MultiheadAttention does after its projections when it returns weights: baddbmm, softmax, bmm."""
+    qs, ks, vs = (t.reshape(-1, *t.shape[2:]) for t in _split(q, k, v, num_heads))
+    weights = torch.softmax(torch.bmm(qs / math.sqrt(qs.shape[-1]), ks.transpose(1, 2)), -1)
+    out = torch.bmm(weights, vs).unflatten(0, (k.shape[0], num_heads))
+    return out.transpose(1, 2).flatten(2)
+
+
+def query_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, **options: Any) -> Tensor:
+    """scaled_dot_product_attention by torch's own choice of its backends."""
+    return F.scaled_dot_product_attention(*_split(q, k, v, num_heads)).transpose(1, 2).flatten(2)
+
+
+def _sdpa_on(backend: SDPBackend) -> Baseline:
+    def attention(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, **options: Any) -> Tensor:
+        with sdpa_kernel(backend):
+            return query_attention_sdpa(q, k, v, num_heads=num_heads)
+
+    return attention
+
+
+# The first of each op is the papers' formulation; `compiled` in run.py takes all that are listed here.
+BASELINES: dict[str, dict[str, Baseline]] = {
+    "group_fc": {"papers: loop": group_fc_loop, "torch: bmm": group_fc_bmm, "torch: einsum": group_fc_einsum},
+    "csra_pool": {"papers: conv": csra_pool_conv, "torch: matmul": csra_pool_matmul},
+    "query_attention": {"papers: mha": query_attention_mha, "torch: sdpa": query_attention_sdpa},
+}
+
+# Refused shapes become rows that say so.
+CUDA_ONLY: dict[str, dict[str, Baseline]] = {
+    "query_attention": {
+        "torch: sdpa flash": _sdpa_on(SDPBackend.FLASH_ATTENTION),
+        "torch: sdpa efficient": _sdpa_on(SDPBackend.EFFICIENT_ATTENTION),
+        "torch: sdpa cudnn": _sdpa_on(SDPBackend.CUDNN_ATTENTION),
+    }
+}
+
+
+def baselines(op: str, device: str, compile_modes: tuple[str, ...]) -> dict[str, Baseline]:
+    """The baselines of an op by name; with `compile_modes`, also torch.compile of the first two."""
+    plain = dict(BASELINES[op])
+    found = {**plain, **(CUDA_ONLY.get(op, {}) if device == "cuda" else {})}
+    for mode in compile_modes:
+        for name in list(plain)[:2]:
+            label = "compile" if mode == "default" else f"compile {mode}"
+            found[f"{label}: {name.split(': ')[1]}"] = torch.compile(
+                plain[name], mode=None if mode == "default" else mode, fullgraph=True, dynamic=False
+            )
+    return found

@@ -1,0 +1,74 @@
+"""What every row says about where it was measured: device, driver, versions, commit."""
+
+from __future__ import annotations
+
+import platform
+import re
+import subprocess
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def _output(*command: str) -> str | None:
+    try:
+        return subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _cpu_name() -> str:
+    try:
+        names = re.findall(r"^model name\s*:\s*(.*)$", Path("/proc/cpuinfo").read_text(), re.M)
+    except OSError:
+        names = []
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+@cache
+def commit() -> dict[str, Any]:
+    """The commit, and whether tracked files differ from it; "unknown" outside a checkout."""
+    name = _output("git", "rev-parse", "--short=12", "HEAD")
+    if name is None:
+        return {"commit": "unknown", "dirty": None}
+    return {"commit": name, "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no"))}
+
+
+@cache
+def facts(device: str) -> dict[str, Any]:
+    """Device, driver, versions and commit, as they go into every row."""
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton")}
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader", "--id=0")
+        about: dict[str, Any] = {
+            "device": properties.name,
+            "capability": f"sm_{properties.major}{properties.minor}",
+            "multiprocessors": properties.multi_processor_count,
+            "memory_gib": round(properties.total_memory / 2**30, 1),
+            "driver": driver,
+        }
+        versions["cuda"] = torch.version.cuda
+    else:
+        about = {"device": _cpu_name(), "threads": torch.get_num_threads()}
+    return {**about, "versions": versions, **commit()}
+
+
+def slug(device: str) -> str:
+    """The device's name as a folder's."""
+    about = facts(device)
+    name = about["device"] if device == "cuda" else f"{about['device']} {about['threads']} threads"
+    name = re.sub(r"\((r|tm)\)|\bcpu\b", " ", name.lower())
+    return re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
