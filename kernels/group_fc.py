@@ -57,12 +57,21 @@ def _stages(stage_elements: int, element_bytes: int, device: Device) -> int:
     return max(1, min(4, int(0.75 * device.shared_bytes) // (stage_elements * element_bytes)))
 
 
-def _warps(largest: int, vector: bool) -> int:
+def _depth(size: int, most: int, wide: bool, device: Device) -> int:
+    """The tile of the axis that is summed over: at most `most`, 32 where shared memory is short, 16 in fp32.
+
+    In fp32 without TF32 a thread holds its operands of the whole tile in registers.
+    """
+    return _block(size, min(most, 64 if device.shared_bytes > 128 * 1024 else 32) if wide else 16)
+
+
+def _warps(largest: int, light: bool) -> int:
     """8 warps where a tile has so many elements that 4 would run short of registers, else 4.
 
-    Without vectors every element of an operand has an address and a mask of its own in registers.
+    `light` is a tile of 16-bit vectors. Without vectors every element of an operand has an address and a mask of its
+    own in registers.
     """
-    return 8 if largest > (8192 if vector else 2048) else 4
+    return 8 if largest > (8192 if light else 2048) else 4
 
 
 def vectorised(*tensors: Tensor) -> bool:
@@ -81,9 +90,9 @@ def forward_tile(B: int, E: int, J: int, element_bytes: int, vector: bool, devic
     wide = element_bytes == 2
     block_b = _block(B, 128 if wide else 64)
     block_j = _block(J, 128 if wide and vector else 64)
-    block_e = _block(E, 64 if wide else 32)
+    block_e = _depth(E, 64, wide, device)
     stages = _stages((block_b + block_j) * block_e, element_bytes, device)
-    warps = _warps(max(block_b * block_j, block_b * block_e, block_e * block_j), vector)
+    warps = _warps(max(block_b * block_j, block_b * block_e, block_e * block_j), vector and wide)
     return Tile(block_b, block_e, block_j, warps, stages)
 
 
@@ -95,20 +104,20 @@ def dh_tile(B: int, E: int, J: int, element_bytes: int, vector: bool, device: De
     wide = element_bytes == 2
     block_b = _block(B, 128 if wide else 64)
     block_e = _block(E, 128 if wide and vector else 64)
-    block_j = _block(J, 64 if wide and vector else 32)
+    block_j = _depth(J, 64 if vector else 32, wide, device)
     stages = _stages((block_b + block_e) * block_j, element_bytes, device)
-    warps = _warps(max(block_b * block_e, block_b * block_j, block_e * block_j), vector)
+    warps = _warps(max(block_b * block_e, block_b * block_j, block_e * block_j), vector and wide)
     return Tile(block_b, block_e, block_j, warps, stages)
 
 
 def dweight_tile(B: int, E: int, J: int, element_bytes: int, vector: bool, device: Device) -> Tile:
     """The tile of the dweight kernel; without vectors its b and j tiles are half as wide."""
     wide = element_bytes == 2
-    block_b = _block(B, 64 if wide and vector else 32)
+    block_b = _depth(B, 64 if vector else 32, wide, device)
     block_e = _block(E, 128 if wide else 64)
     block_j = _block(J, 128 if wide and vector else 64)
     stages = _stages((block_e + block_j) * block_b, element_bytes, device)
-    warps = _warps(max(block_e * block_j, block_b * block_e, block_b * block_j), vector)
+    warps = _warps(max(block_e * block_j, block_b * block_e, block_b * block_j), vector and wide)
     return Tile(block_b, block_e, block_j, warps, stages)
 
 
