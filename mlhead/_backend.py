@@ -48,13 +48,22 @@ def _from_environment() -> str:
 
 _default = _from_environment()
 _chosen: ContextVar[str] = ContextVar("mlhead_backend", default=_default)
+
+
+class _Mirror:
+    """The choice once more for torch.compile, which guards on an attribute but, in torch 2.11, reads no ContextVar."""
+
+    choice = _default
+
+
+_mirror = _Mirror()
 _recorders: list[dict[str, str]] = []
 
 
 def requested(argument: str | None = None) -> str:
     """The backend asked for: the argument if given, else the context's or the environment's."""
     if argument is None:
-        return _chosen.get()
+        return _mirror.choice if torch.compiler.is_compiling() else _chosen.get()
     if argument not in CHOICES:
         raise ValueError(f"backend: name must be one of {', '.join(CHOICES)}, got {argument!r}")
     return argument
@@ -68,14 +77,18 @@ def backend(name: str) -> Iterator[None]:
         name: "auto", "reference", "triton", "cpp" or "cuda". All but "auto" never fall back: a call that the
             backend cannot run raises `BackendError`.
 
-    The choice is local to the thread or task, and `torch.compile` guards on it. The backward of a call uses the
-    backend of its forward, wherever it runs.
+    The choice is local to the thread or task; compiled code guards on it and takes that of whichever thread chose
+    last. The backward of a call uses the backend of its forward, wherever it runs.
     """
-    token = _chosen.set(requested(name))
+    name, before = requested(name), _mirror.choice
+    token = None if torch.compiler.is_compiling() else _chosen.set(name)
+    _mirror.choice = name
     try:
         yield
     finally:
-        _chosen.reset(token)
+        _mirror.choice = before
+        if token is not None:
+            _chosen.reset(token)
 
 
 @contextmanager

@@ -107,6 +107,22 @@ def test_compile_guards_on_the_backend(case: OpCase) -> None:
 
 
 @each_case
+def test_backend_inside_compiled_code(case: OpCase) -> None:
+    torch._dynamo.reset()
+    sample = case.make(case.shapes[-1], torch.float32, "cpu", 0)
+    function, tensors = _as_function(sample)
+
+    def inside(*tensors: Tensor) -> Tensor:
+        with mlhead.backend("reference"):
+            return function(*tensors)
+
+    with mlhead.record_backends() as used:
+        torch.compile(inside, fullgraph=True, backend="aot_eager")(*tensors)
+    assert used == {case.name: "reference"}
+    assert _backend.requested() == "auto"
+
+
+@each_case
 def test_export_and_decompose(case: OpCase) -> None:
     sample = case.make(case.shapes[-1], torch.float32, "cpu", 0)
     function, tensors = _as_function(sample)
