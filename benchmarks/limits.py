@@ -80,15 +80,17 @@ def measure(
     Args:
         functions: What to time, by name.
         device: "cuda" or "cpu".
-        seconds: About how long each of them may take altogether, where `least` samples do not take longer.
-        least: The fewest samples.
+        seconds: About how long each of them may take altogether, where the fewest samples do not take longer.
+        least: The fewest samples, 3 for a function that takes seconds.
         most: The most samples.
     """
     estimates = {name: _estimate_ms(function, device) for name, function in functions.items()}
     flush_ms = 0.2 if device == "cuda" else 0.0
-    counts = {n: max(least, min(most, int(1e3 * seconds / (max(t, 1e-3) + flush_ms)))) for n, t in estimates.items()}
-    if device == "cpu":
-        counts = {name: min(count, most, max(least, int(1e3 * seconds))) for name, count in counts.items()}
+    # What takes seconds is known well enough after three.
+    fewest = {n: least if t * least < 4e3 * seconds else min(3, least) for n, t in estimates.items()}
+    counts = {
+        n: max(fewest[n], min(most, int(1e3 * seconds / (max(t, 1e-3) + flush_ms)))) for n, t in estimates.items()
+    }
     inner = {
         name: max(1, min(4096, round(1.0 / max(t, 1e-4)))) if device == "cpu" else 1 for name, t in estimates.items()
     }

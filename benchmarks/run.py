@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch._functorch.config
 from torch import Tensor
 
@@ -100,6 +101,8 @@ def host_us(function: Callable[[], Any]) -> float:
 def run_group(group: Group, device: str, options: argparse.Namespace) -> list[Row]:
     """Verifies and times one group."""
     case, dtype = group.case, DTYPES[group.dtype]
+    # Every size is compiled for itself, and torch.compile counts the sizes that one function has seen.
+    torch._dynamo.reset()
     providers = providers_of(group, device, options.backend, tuple(options.compile))
     sample = case.make(group.dims, dtype, device, options.seed)
     verified_at = dict(group.dims)

@@ -1,0 +1,262 @@
+"""`make gpu-check`: everything that needs a GPU, in one command, within a time that is given.
+
+    python -m benchmarks.gpu_check --minutes 8 --out folder        ($OUT where it is set, else runs/gpu-check)
+
+Builds the extension in place, runs the CUDA conformance tests while compute-sanitizer watches every kernel, then the
+benchmarks, the most important rows first. A failing part does not stop the next. It installs nothing, uses no network,
+and writes report.txt (the summary), results.jsonl (benchmark rows) and a log for each part. `--dry-run` does all that
+can be done without a GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from . import report
+from .machine import ROOT
+from .run import read_rows
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+LARGEST_LOG = 4 << 20
+
+
+@dataclass
+class Part:
+    """One command with its log and what became of it.
+
+    Args:
+        name: What it does.
+        command: Program and arguments.
+        log: File that its output is appended to.
+        until: Time of the monotonic clock at which it is stopped.
+        environment: Variables that it gets beside the present ones.
+        stoppable: Whether running out of time is expected of it.
+    """
+
+    name: str
+    command: list[str]
+    log: Path
+    until: float
+    environment: dict[str, str]
+    stoppable: bool = False
+    status: str = "not reached"
+    seconds: float = 0.0
+    note: str = ""
+
+
+def _start(part: Part) -> tuple[subprocess.Popen, float]:
+    with part.log.open("ab") as log:
+        log.write(f"== {part.name}: {' '.join(part.command)}\n".encode())
+        log.flush()
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
+        process = subprocess.Popen(
+            part.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    return process, time.monotonic()
+
+
+def _finished(part: Part, process: subprocess.Popen, began: float) -> bool:
+    """Whether the part has ended, by itself or because its time is up; if so, how."""
+    late = time.monotonic() > part.until
+    if process.poll() is None and not late:
+        return False
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        part.status = "ran out of time"
+    else:
+        part.status = "passed" if process.returncode == 0 else f"failed ({process.returncode})"
+    part.seconds = time.monotonic() - began
+    # The last line of most programs says how it went.
+    lines = [line for line in part.log.read_text(errors="replace").splitlines()[-30:] if line.strip(" =-")]
+    part.note = lines[-1].strip(" =")[:150] if lines else ""
+    print(f"  {part.name}: {part.status}, {part.seconds:.0f} s. {part.note}", flush=True)
+    return True
+
+
+def run_together(parts: Iterable[Part]) -> None:
+    """Runs parts at the same time, and waits for all."""
+    running = []
+    for part in parts:
+        if part.until - time.monotonic() < 5:
+            continue
+        print(f"  {part.name} ...", flush=True)
+        try:
+            running.append((part, *_start(part)))
+        except OSError as error:
+            part.status, part.note = "failed", str(error)
+    while running:
+        running = [entry for entry in running if not _finished(*entry)]
+        time.sleep(0.05)
+
+
+def find_sanitizer() -> str | None:
+    """compute-sanitizer on PATH, or beside the CUDA compiler."""
+    nvcc = shutil.which("nvcc")
+    home = os.environ.get("CUDA_HOME") or (str(Path(nvcc).resolve().parent.parent) if nvcc else "/usr/local/cuda")
+    places = [
+        shutil.which("compute-sanitizer"),
+        f"{home}/bin/compute-sanitizer",
+        "/usr/local/cuda/bin/compute-sanitizer",
+    ]
+    return next((place for place in places if place and Path(place).is_file()), None)
+
+
+def build_part(out: Path, until: float, scratch: Path | None) -> Part:
+    """The extension, in place; where there is no GPU, into a folder of its own for a common architecture."""
+    command = [sys.executable, "setup.py", "build_ext"]
+    environment = {"MLHEAD_BUILD": "cuda"}
+    if scratch is None:
+        command.append("--inplace")
+    else:
+        command += ["--build-lib", str(scratch / "lib"), "--build-temp", str(scratch / "temp")]
+        environment["TORCH_CUDA_ARCH_LIST"] = os.environ.get("TORCH_CUDA_ARCH_LIST", "9.0")
+    return Part("build of the CUDA extension", command, out / "build.log", until, environment)
+
+
+def check_parts(out: Path, until: float, dry: bool) -> list[Part]:
+    """The conformance tests, and compute-sanitizer's tools."""
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-W", "default", "tests"]
+    tests.append("--continue-on-collection-errors")
+    if dry:
+        tests.append("--collect-only")
+    elif importlib.util.find_spec("xdist"):
+        # Most of the time goes into compiling Triton kernels, on one core each.
+        tests += ["-n", str(max(1, min(6, (os.cpu_count() or 2) // 2)))]
+    parts = [Part("CUDA conformance tests", tests, out / "pytest.log", until, {})]
+    target = [sys.executable, "-m", "benchmarks.touch"]
+    if dry:
+        return [*parts, Part("calls for the sanitizers", [*target, "--list"], out / "sanitizer.log", until, {})]
+    sanitizer = find_sanitizer()
+    for tool in TOOLS:
+        # Without torch's own pool every tensor is an allocation of its own, with bounds that can be checked.
+        environment = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+        command = [sanitizer or "", "--tool", tool, "--error-exitcode", "99", "--print-limit", "20", *target]
+        part = Part(f"compute-sanitizer {tool}", command, out / f"sanitizer-{tool}.log", until, environment)
+        if sanitizer is None:
+            part.status, part.note, part.until = "not reached", "compute-sanitizer is not installed", 0.0
+        parts.append(part)
+    return parts
+
+
+def benchmark_parts(out: Path, until: float, dry: bool) -> list[Part]:
+    """First everything against plain torch, then, in the time that is left, with torch.compile too."""
+    command = [sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--out", str(out / "results.jsonl")]
+    if dry:
+        return [Part("benchmark groups", [*command, "--list"], out / "benchmark.log", until, {})]
+    minutes = max(0.1, (until - time.monotonic() - 20) / 60)
+    limits = ["--minutes", f"{minutes:.2f}", "--compile"]
+    plain = Part("benchmarks", [*command, *limits, "none"], out / "benchmark.log", until, {}, stoppable=True)
+    return [plain]
+
+
+def compiled_part(out: Path, until: float) -> Part:
+    """The same with torch.compile among the baselines."""
+    command = [sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--out", str(out / "results.jsonl")]
+    minutes = max(0.1, (until - time.monotonic() - 30) / 60)
+    command += ["--minutes", f"{minutes:.2f}", "--compile", "default", "--dtype", "bf16"]
+    return Part("benchmarks with torch.compile", command, out / "benchmark.log", until, {}, stoppable=True)
+
+
+def gather_logs(out: Path) -> None:
+    """The sanitizers' logs as one file, and no log larger than it has to be."""
+    logs = sorted(out.glob("sanitizer-*.log"))
+    if logs:
+        with (out / "sanitizer.log").open("ab") as whole:
+            for log in logs:
+                whole.write(log.read_bytes() + b"\n")
+                log.unlink()
+    for log in out.glob("*.log"):
+        if log.stat().st_size > LARGEST_LOG:
+            half = LARGEST_LOG // 2
+            content = log.read_bytes()
+            log.write_bytes(content[:half] + b"\n[... cut ...]\n" + content[-half:])
+
+
+def summary(parts: list[Part], out: Path) -> str:
+    """The report: every part, the benchmark table, what fell short and what was not reached."""
+    rows = read_rows(out / "results.jsonl")
+    lines = ["mlhead gpu-check", ""]
+    info = out / "machine.log"
+    lines += info.read_text(errors="replace").splitlines() if info.is_file() else []
+    lines += ["", f"{'part':<36} {'result':<18} {'seconds':>7}  last words"]
+    lines += [f"{p.name:<36} {p.status:<18} {p.seconds:>7.0f}  {p.note}" for p in parts]
+    if rows:
+        lines += ["", report.table(rows), report.verdicts(rows)]
+    short = [f"  {p.name}: {p.status}" for p in parts if p.status not in ("passed", "not reached") and not p.stoppable]
+    short += [
+        f"  {row['title'].split('  ')[0]}, {row['provider']}: {row['status']}: {row['message']}"
+        for row in rows
+        if row["kind"] == "mlhead" and row["status"] != "ok" and row["pass"] == "both"
+    ]
+    unreached = [f"  {p.name}: {p.note}" for p in parts if p.status == "not reached"]
+    log = out / "benchmark.log"
+    if log.is_file():
+        text = log.read_text(errors="replace")
+        unreached += text.split("Not reached:\n", 1)[1].splitlines()[:40] if "Not reached:\n" in text else []
+    for title, found in (("Fell short:", short), ("Not reached:", unreached)):
+        lines += ["", title, *(found or ["  nothing"])]
+    return "\n".join(lines) + "\n"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Returns the exit status: 1 where a part failed."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_check", description=__doc__.splitlines()[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything together")
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or ROOT / "runs" / "gpu-check"))
+    parser.add_argument("--skip", action="append", default=[], choices=("build", "checks", "benchmarks"))
+    parser.add_argument("--dry-run", action="store_true", help="do all but launch on a GPU")
+    options = parser.parse_args(arguments)
+    dry, out = options.dry_run, options.out.resolve()
+    if not dry and not torch.cuda.is_available():
+        print("gpu-check: no CUDA device is visible; --dry-run does what can be done without one", file=sys.stderr)
+        return 2
+    out.mkdir(parents=True, exist_ok=True)
+    for name in ("report.txt", "results.jsonl", *(f"{log}.log" for log in ("machine", "build", "pytest", "benchmark"))):
+        (out / name).unlink(missing_ok=True)
+    for log in out.glob("sanitizer*.log"):
+        log.unlink()
+
+    began = time.monotonic()
+    end = began + 60 * options.minutes
+    parts: list[Part] = []
+
+    def run(*new: Part) -> None:
+        parts.extend(new)
+        run_together(part for part in new)
+        # Written after each part, so that something is there whenever the machine is taken away.
+        (out / "report.txt").write_text(summary(parts, out))
+
+    with tempfile.TemporaryDirectory() as scratch:
+        info = Part("machine", [sys.executable, "-m", "mlhead", "info"], out / "machine.log", began + 60, {})
+        if "build" not in options.skip:
+            run(build_part(out, min(end, began + 240), Path(scratch) if dry else None))
+        run(info)
+        if "checks" not in options.skip:
+            run(*check_parts(out, began + 0.55 * (end - began), dry))
+        if "benchmarks" not in options.skip:
+            run(*benchmark_parts(out, end - 5, dry))
+            if not dry and end - time.monotonic() > 60:
+                run(compiled_part(out, end - 5))
+    gather_logs(out)
+    (out / "report.txt").write_text(summary(parts, out))
+    print((out / "report.txt").read_text())
+    print(f"written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
+    return int(any(part.status not in ("passed", "not reached") and not part.stoppable for part in parts))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

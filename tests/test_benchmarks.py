@@ -1,0 +1,228 @@
+"""The benchmark runner verifies before it times, its rows are complete, and the GPU check can be rehearsed anywhere."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import sys
+import time
+
+import pytest
+import torch
+
+from benchmarks import baselines, gpu_check, limits, plan, report, run, touch, verify
+from mlhead.testing import CASES
+
+TINY = ["--device", "cpu", "--op", "group_fc", "--dims", "B=3,G=4,E=8,C=10", "--seconds-each", "0.002", "--least", "2"]
+
+
+@pytest.fixture(autouse=True)
+def _assumed_limits(monkeypatch):
+    # Measuring them takes seconds; how is tested by itself.
+    monkeypatch.setattr(limits, "copy_bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(limits, "gemm_rate", lambda device, dtype: 1e11)
+
+
+def test_rows_are_complete(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    assert run.main([*TINY, "--out", str(out)]) == 0
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    providers = {row["provider"] for row in rows}
+    assert {"mlhead: reference", "papers: loop", "torch: bmm", "torch: einsum"} <= providers
+    assert len(rows) == 3 * len(providers)
+    for row in rows:
+        assert row["status"] == "ok", row["message"]
+        assert 0 < row["p20_ms"] <= row["p50_ms"] <= row["p80_ms"]
+        assert row["samples"] >= 2
+        assert row["limit_ms"] > 0
+        assert math.isclose(row["fraction"], row["limit_ms"] / row["p50_ms"])
+        assert set(row["errors"]) == {"out", "h", "weight", "bias"}
+        assert all(0 <= e["error"] <= e["budget"] for e in row["errors"].values())
+        for key in ("device", "commit", "dirty", "threads", "copy_gbps", "gemm_tflops", "dims", "scale", "verified_at"):
+            assert key in row
+        assert row["versions"]["torch"] == torch.__version__
+    text = capsys.readouterr().out
+    assert "torch: bmm" in text
+    assert "lain PyTorch wins" in text
+
+
+def test_what_is_wrong_is_reported_and_not_timed(tmp_path, monkeypatch, capsys):
+    def off_by_a_little(h, weight, bias, *, num_classes):
+        return baselines.group_fc_bmm(h, weight, bias, num_classes=num_classes) * (1 + 1e-5)
+
+    def refuses(h, weight, bias, *, num_classes):
+        raise RuntimeError("no such shape\nmore words")
+
+    planted = {**baselines.BASELINES["group_fc"], "torch: wrong": off_by_a_little, "torch: refuses": refuses}
+    monkeypatch.setitem(baselines.BASELINES, "group_fc", planted)
+    out = tmp_path / "rows.jsonl"
+    assert run.main([*TINY, "--out", str(out)]) == 0
+    rows = run.read_rows(out)
+    for provider, status in (("torch: wrong", "wrong"), ("torch: refuses", "failed"), ("torch: bmm", "ok")):
+        mine = [row for row in rows if row["provider"] == provider]
+        assert len(mine) == 3
+        assert {row["status"] for row in mine} == {status}
+        assert all((row["p50_ms"] is None) == (status != "ok") for row in mine)
+    text = capsys.readouterr().out
+    assert "torch: wrong: wrong: out: error" in text
+    assert "torch: refuses: failed: RuntimeError: no such shape" in text
+
+
+def test_a_wrong_backend_fails_the_run(tmp_path, monkeypatch):
+    real = run.providers_of
+
+    def with_wrong_reference(*arguments):
+        found = real(*arguments)
+        correct = found["mlhead: reference"]
+        found["mlhead: reference"] = lambda **inputs: correct(**inputs) + 1e-3
+        return found
+
+    monkeypatch.setattr(run, "providers_of", with_wrong_reference)
+    assert run.main([*TINY, "--out", str(tmp_path / "rows.jsonl")]) == 1
+
+
+def test_a_wrong_offset_at_full_size_shows():
+    sample = CASES["group_fc"].make({"B": 3, "G": 4, "E": 8, "C": 10}, torch.float32, "cpu", 0)
+
+    def shifted(h, weight, bias, *, num_classes):
+        return baselines.group_fc_bmm(h, weight, bias, num_classes=num_classes).roll(1, 1)
+
+    providers = {"bmm": baselines.group_fc_bmm, "einsum": baselines.group_fc_einsum, "shifted": shifted}
+    problems = verify.agree(sample, providers, "bmm")
+    assert list(problems) == ["shifted"]
+    assert "differs from bmm" in problems["shifted"]
+
+
+def test_results_are_appended_and_resumed(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    run.main([*TINY, "--out", str(out)])
+    first = out.read_text()
+    run.main([*TINY, "--out", str(out), "--resume"])
+    assert out.read_text() == first
+    out.write_text(first + '{"cut sho')  # killed in the middle of a line
+    run.main([*TINY, "--dtype", "fp64", "--out", str(out), "--resume"])
+    assert out.read_text().startswith(first)
+    assert {row["dtype"] for row in run.read_rows(out)} == {"fp32", "fp64"}
+    run.main([*TINY, "--minutes", "1e-9", "--out", str(out)])
+    assert "Not reached:\n  group_fc custom fp32" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("op", list(CASES))
+def test_baselines_are_right(op):
+    case = CASES[op]
+    # Published CSRA has no answer for a zero row, and no baseline has dropout, masks or empty tensors.
+    dims = next(d for d in case.shapes if min(d.get(n, 2) for n in "BCDEGL") > 1 and len(d) <= 5)
+    sample = case.make(dims, torch.float32, "cpu", 1)
+    verdicts = verify.verify(sample, baselines.baselines(op, "cpu", ()))
+    assert {name: v.message for name, v in verdicts.items() if v.status != "ok"} == {}
+
+
+def test_large_workloads_are_divided_and_say_so():
+    case = CASES["group_fc"]
+    dims, scale = plan.shrink(case, case.workloads["3-million"], plan.CPU_ELEMENTS, plan.CPU_FLOPS[False])
+    assert dims["C"] * scale["C"] == 3_000_000
+    assert dims["B"] * scale.get("B", 1) == 128
+    assert plan.elements(case, dims) <= plan.CPU_ELEMENTS
+    assert plan.total_flops(case, dims) <= plan.CPU_FLOPS[False]
+    assert plan.shrink(case, case.workloads["small"], plan.CPU_ELEMENTS) == (dict(case.workloads["small"]), {})
+    titles = [group.title() for group in plan.groups("cpu", False, ["group_fc"], None, None, None)]
+    assert any("3-million fp32" in title and "C divided by" in title for title in titles)
+    assert titles[0].startswith("group_fc openimages-64 fp32  B=64 G=100 E=768 C=9605")
+
+
+def test_quantiles_and_interleaving():
+    assert limits.quantiles([5.0]) == limits.Timing(5.0, 5.0, 5.0, 1)
+    timing = limits.quantiles([float(i) for i in range(11)])
+    assert (timing.p20_ms, timing.p50_ms, timing.p80_ms, timing.samples) == (2.0, 5.0, 8.0, 11)
+    order = []
+    work = torch.randn(300, 300)
+
+    def call(name):
+        order.append(name)
+        return work @ work @ work
+
+    found = limits.measure({"a": lambda: call("a"), "b": lambda: call("b")}, "cpu", 0.02, least=8, most=8)
+    assert found["a"].samples == found["b"].samples == 8
+    changes = sum(x != y for x, y in itertools.pairwise(order))
+    assert changes >= 8
+
+
+def test_losses_are_reported():
+    def row(provider, kind, p50, auto=False):
+        return {
+            "title": "op w fp32  B=1",
+            "provider": provider,
+            "kind": kind,
+            "auto": auto,
+            "pass": "both",
+            "p50_ms": p50,
+        }
+
+    rows = [
+        row("mlhead: cpp", "mlhead", 2.0, True),
+        row("torch: bmm", "baseline", 1.0),
+        row("papers: x", "baseline", 9.0),
+    ]
+    text = report.verdicts(rows)
+    assert "mlhead: cpp is 0.50x torch: bmm, 4.5x papers: x" in text
+    assert "Where plain PyTorch wins:\n  op w fp32, both: torch: bmm by 2.00x" in text
+    rows[0]["p50_ms"] = 0.5
+    assert "Plain PyTorch wins nowhere." in report.verdicts(rows)
+
+
+def test_touch_checks_results(capsys, monkeypatch):
+    assert touch.main(["--device", "cuda", "--list"]) == 0
+    assert "group_fc triton float16" in capsys.readouterr().out
+    # Where the library is not built this fails, and says so, rather than passing over it.
+    monkeypatch.setattr(
+        touch,
+        "touched",
+        lambda device: [(CASES["group_fc"], "triton", torch.float32, {"B": 2, "G": 3, "E": 5, "C": 7})],
+    )
+    monkeypatch.setattr(touch, "grade", lambda *_: verify.grade(torch.ones(1), torch.zeros(1), torch.zeros(1)))
+    assert touch.main(["--device", "cpu"]) == 1
+    assert "exceeds the budget" in capsys.readouterr().out
+
+
+def test_gpu_check_can_be_rehearsed(tmp_path, capsys):
+    assert gpu_check.main(["--dry-run", "--skip", "build", "--out", str(tmp_path), "--minutes", "2"]) == 0
+    text = (tmp_path / "report.txt").read_text()
+    assert text in capsys.readouterr().out
+    for part in ("machine", "CUDA conformance tests", "calls for the sanitizers", "benchmark groups"):
+        assert any(line.startswith(part) and " passed " in line for line in text.splitlines()), part
+    assert "Fell short:\n  nothing" in text
+    assert "tests collected" in (tmp_path / "pytest.log").read_text()
+    assert "group_fc million bf16" in (tmp_path / "benchmark.log").read_text()
+    assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_gpu_check_goes_on_past_a_failing_part(tmp_path, monkeypatch):
+    soon = time.monotonic() + 60
+    command = [sys.executable, "-c"]
+    parts = [
+        gpu_check.Part("breaks", [*command, "raise SystemExit('no compiler')"], tmp_path / "a.log", soon, {}),
+        gpu_check.Part("hangs", [*command, "import time; time.sleep(99)"], tmp_path / "b.log", soon - 54, {}),
+        gpu_check.Part("works", [*command, "print('2 passed')"], tmp_path / "c.log", soon, {}),
+        gpu_check.Part("is late", [*command, "print('no')"], tmp_path / "d.log", 0.0, {}),
+        gpu_check.Part("is not there", ["/nowhere/tool"], tmp_path / "e.log", soon, {}),
+    ]
+    gpu_check.run_together(parts)
+    found = {part.name: part.status for part in parts}
+    assert found == {
+        "breaks": "failed (1)",
+        "hangs": "ran out of time",
+        "works": "passed",
+        "is late": "not reached",
+        "is not there": "failed",
+    }
+    text = gpu_check.summary(parts, tmp_path)
+    assert "Fell short:\n  breaks: failed (1)\n  hangs: ran out of time\n  is not there: failed" in text
+    assert "Not reached:\n  is late" in text
+    assert "2 passed" in text
+
+
+def test_gpu_check_needs_a_gpu(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert gpu_check.main(["--out", str(tmp_path)]) == 2
+    assert "--dry-run" in capsys.readouterr().err
