@@ -19,6 +19,8 @@
 
 namespace mlhead::MLHEAD_ISA {
 
+inline constexpr int kFewColumns = 3;
+
 // Three parts of the thread's scratch block, each aligned to a cache line.
 template <typename T>
 struct Scratch {
@@ -65,72 +67,120 @@ static void pack_panels(int64_t K, const S* b, int64_t b_k, int64_t b_n, int64_t
     }
 }
 
+// One block of A as the micro-kernels see it: in place or packed, of type T in any case.
+template <typename T>
+struct BlockA {
+  const T* data;
+  int64_t rows, m, k;  // strides m and k
+};
+
+template <typename S, typename T>
+static BlockA<T> block_of_a(const Gemm& g, bool pack, int64_t m0, int64_t rows, int64_t k0, int64_t K, T* packed) {
+  const S* from = static_cast<const S*>(g.a) + m0 * g.a_m + k0 * g.a_k;
+  if (!pack) return {reinterpret_cast<const T*>(from), rows, g.a_m, g.a_k};  // S is T
+  if (g.a_m == 1) {                                                          // along the axis that is contiguous
+    copy_block<S, T>(K, rows, from, g.a_k, 1, packed, rows);
+    return {packed, rows, 1, rows};
+  }
+  copy_block<S, T>(rows, K, from, g.a_m, g.a_k, packed, K);
+  return {packed, rows, K, 1};
+}
+
+// One column of C, for the one to three that would leave a register almost empty (J = 97 is 12 registers and one
+// column): dot products along k, or sums of scaled columns of A, whichever way A is contiguous. `b` is the column of B.
+template <typename T>
+static void run_column(const BlockA<T>& a, int64_t K, const T* b, T* c, int64_t c_m, bool accumulate, T bias) {
+  constexpr int64_t some = 4 * kVectors * kLanes<T>;
+  T sums[some];
+  for (int64_t m0 = 0; m0 < a.rows; m0 += some) {
+    const int64_t rows = min(some, a.rows - m0);
+    const T* from = a.data + m0 * a.m;
+    if (a.k == 1) {
+      for (int64_t m = 0; m < rows; m += kDotRows) {
+        const DotTile<T> t{K, from + m * a.m, a.m, b, 0, sums + m, 1, false};
+        kDots<T>[min(kDotRows, rows - m) - 1][0](t);
+      }
+    } else {
+      const int64_t whole = a.m == 1 ? rows - rows % kLanes<T> : 0;
+      for (int64_t m = 0; m < whole; m += kVectors * kLanes<T>) {
+        const int64_t vectors = min(kVectors, (whole - m) / kLanes<T>);
+        const Tile<T> t{K, b, 0, 1, from + m, a.k, nullptr, sums + m, 0, 0, vectors * kLanes<T>, nullptr, false};
+        call_tile_n<T, T>(1, vectors, false, t);
+      }
+      for (int64_t m = whole; m < rows; ++m) {
+        sums[m] = 0;
+        for (int64_t k = 0; k < K; ++k) sums[m] += from[m * a.m + k * a.k] * b[k];
+      }
+    }
+    for (int64_t m = 0; m < rows; ++m) {
+      T& out = c[(m0 + m) * c_m];
+      out = sums[m] + (accumulate ? out : T(0)) + bias;
+    }
+  }
+}
+
 template <typename S, typename T>
 static void run_n(const Gemm& g, const Plan& plan, int64_t m0, int64_t m1, int64_t n0, int64_t n1) {
   constexpr int L = kLanes<T>;
   const int64_t rows = m1 - m0, columns = n1 - n0;
-  const Panels panels(divide_up(columns, L));
+  const int64_t few = columns > L && columns % L <= kFewColumns ? columns % L : 0;  // computed by run_column
+  const Panels panels(divide_up(columns - few, L));
+  const int64_t width = panels.vectors * L;
   const bool pack_b =
       plan.pack_b || columns < panels.width(panels.count - 1) * L || (!std::is_same_v<S, T> && rows <= rows_of(1));
   const int64_t blocks_k = max(1, divide_up(g.K, plan.block_k));
   const int64_t block_k = divide_up(g.K, blocks_k);
   const int64_t block_m = divide_up(rows, divide_up(rows, plan.block_m));
-  const int64_t width = panels.vectors * L;
-  const int64_t c_rows = plan.scratch_c ? (blocks_k == 1 ? block_m : rows) : 0;
+  const int64_t c_width = width + few, c_rows = plan.scratch_c ? (blocks_k == 1 ? block_m : rows) : 0;
 
-  Scratch<T> scratch(block_k * (pack_b ? width : kVectors * L), plan.pack_a ? block_m * block_k : 0, c_rows * width);
+  Scratch<T> scratch(block_k * ((pack_b ? width : kVectors * L) + few), plan.pack_a ? block_m * block_k : 0,
+                     c_rows * c_width);
   T *packed_b = scratch.part[0], *packed_a = scratch.part[1], *scratch_c = scratch.part[2];
+  T* const b_columns = packed_b + block_k * (pack_b ? width : kVectors * L);
 
-  const S* b = static_cast<const S*>(g.b) + n0 * g.b_n;
-  const T* bias = static_cast<const T*>(g.bias);
+  const S* b_all = static_cast<const S*>(g.b) + n0 * g.b_n;
   for (int64_t kb = 0; kb < blocks_k; ++kb) {
-    const int64_t k0 = kb * block_k;
-    const int64_t K = min(block_k, g.K - k0);
-    if (pack_b) pack_panels<S, T>(K, b + k0 * g.b_k, g.b_k, g.b_n, columns, panels, packed_b, block_k);
+    const int64_t k0 = kb * block_k, K = min(block_k, g.K - k0);
+    const bool last = kb == blocks_k - 1;
+    const S* b = b_all + k0 * g.b_k;
+    const T* bias = g.bias && last ? static_cast<const T*>(g.bias) + n0 : nullptr;
+    if (pack_b) pack_panels<S, T>(K, b, g.b_k, g.b_n, columns - few, panels, packed_b, block_k);
+    if (few) copy_block<S, T>(few, K, b + (columns - few) * g.b_n, g.b_n, g.b_k, b_columns, K);
+
     for (int64_t mb = 0; mb < rows; mb += block_m) {
-      const int64_t here = min(block_m, rows - mb);
-      const S* a_from = static_cast<const S*>(g.a) + (m0 + mb) * g.a_m + k0 * g.a_k;
-      const T* a = reinterpret_cast<const T*>(a_from);  // if S is T
-      int64_t a_m = g.a_m, a_k = g.a_k;
-      if (plan.pack_a) {  // along the axis that is contiguous already
-        a = packed_a;
-        a_m = g.a_m == 1 ? 1 : block_k;
-        a_k = g.a_m == 1 ? block_m : 1;
-        if (g.a_m == 1)
-          copy_block<S, T>(K, here, a_from, g.a_k, 1, packed_a, block_m);
-        else
-          copy_block<S, T>(here, K, a_from, g.a_m, g.a_k, packed_a, block_k);
-      }
-      T* c =
-          plan.scratch_c ? scratch_c + (blocks_k == 1 ? 0 : mb * width) : static_cast<T*>(g.c) + (m0 + mb) * g.c_m + n0;
-      const int64_t c_m = plan.scratch_c ? width : g.c_m;
+      const BlockA<T> a = block_of_a<S, T>(g, plan.pack_a, m0 + mb, min(block_m, rows - mb), k0, K, packed_a);
+      T* c = plan.scratch_c ? scratch_c + (blocks_k == 1 ? 0 : mb * c_width)
+                            : static_cast<T*>(g.c) + (m0 + mb) * g.c_m + n0;
+      const int64_t c_m = plan.scratch_c ? c_width : g.c_m;
       for (int64_t p = 0; p < panels.count; ++p) {
-        const int64_t v0 = panels.first(p), count = panels.first(p + 1) - v0, w = count * L;
+        const int64_t v0 = panels.first(p), vectors = panels.width(p), w = vectors * L;
         // In place, the last panel is pushed back to end with the last column, and skips what its neighbour computed.
-        const int64_t n = pack_b ? v0 * L : min(v0 * L, columns - w);
+        const int64_t n = pack_b ? v0 * L : min(v0 * L, columns - few - w);
         Tile<T> t;
         t.K = K;
-        t.a_m = a_m;
-        t.a_k = a_k;
+        t.a_m = a.m;
+        t.a_k = a.k;
+        t.packed = packed_b;
         t.c_m = c_m;
         t.begin = v0 * L - n;
-        t.end = min(w, columns - n);
-        t.bias = bias && kb == blocks_k - 1 ? bias + n0 + n : nullptr;
+        t.end = min(w, columns - few - n);
+        t.bias = bias ? bias + n : nullptr;
         t.accumulate = kb > 0;
-        const int64_t step = rows_of(int(count));
-        for (int64_t m = 0; m < here; m += step) {
-          const bool first = m == 0 && !pack_b;
-          const bool packs = first && here > step;  // else one pass is all there is
-          t.b = first ? static_cast<const void*>(b + k0 * g.b_k + n) : packed_b + (pack_b ? v0 * L * block_k : 0);
+        const int64_t step = rows_of(int(vectors));
+        for (int64_t m = 0; m < a.rows; m += step) {
+          const bool first = m == 0 && !pack_b;  // reads B in place, and packs it if more rows follow
+          t.b = first ? static_cast<const void*>(b + n) : packed_b + (pack_b ? v0 * L * block_k : 0);
           t.b_k = first ? g.b_k : w;
-          t.packed = packed_b;
-          t.a = a + m * a_m;
+          t.a = a.data + m * a.m;
           t.c = c + m * c_m + n;
-          call_tile_n<T, S>(min(step, here - m), count, packs, t);
+          call_tile_n<T, S>(min(step, a.rows - m), vectors, first && a.rows > step, t);
         }
       }
-      if (plan.scratch_c && kb == blocks_k - 1)
-        write_block<T, S>(here, columns, c, width, static_cast<S*>(g.c) + (m0 + mb) * g.c_m + n0 * g.c_n, g.c_m, g.c_n);
+      for (int64_t n = columns - few, i = 0; n < columns; ++n, ++i)
+        run_column<T>(a, K, b_columns + i * K, c + n, c_m, kb > 0, bias ? bias[n] : T(0));
+      if (plan.scratch_c && last)
+        write_block<T, S>(a.rows, columns, c, c_width, static_cast<S*>(g.c) + (m0 + mb) * g.c_m + n0 * g.c_n, g.c_m,
+                          g.c_n);
     }
   }
 }
