@@ -22,7 +22,7 @@ from mlhead._usage import usage_fail
 from mlhead.checkpoints import write_atomically
 from mlhead.data.scenes import Scenes
 
-PRETRAIN_STEPS, STEPS = 200, 450
+PRETRAIN_STEPS, STEPS = 200, 800
 VAL_SCENES, TEST_SCENES, POINTING_SCENES, PICTURES = 500, 2_000, 500, 3
 
 
@@ -34,14 +34,14 @@ class Contestant(NamedTuple):
 
 
 CONTESTANTS = {
-    "gap": Contestant("GAP", {"lr": 4e-3, "head_lr_mult": 3.0}),
+    "gap": Contestant("GAP", {"lr": 4e-3, "head_lr_mult": 20.0}),
     "csra": Contestant(
         "CSRA", {"lr": 4e-3, "head_opt": {"num_heads": 2, "lam": 1.0, "normalize": False, "bias": True}}
     ),
     "ml_decoder": Contestant(
         "ML-Decoder",
         {
-            "lr": 2e-3,
+            "lr": 4e-3,
             "head_opt": {"groups": 100, "embed_dim": 128, "num_heads": 4, "feedforward_dim": 256, "dropout": 0.0},
         },
     ),
@@ -103,7 +103,7 @@ def run(out: Path, *, steps: int | None = None, seed: int = 0, stream: Any = Non
             out=str(out / head),
             head=head,
             steps=count,
-            eval_every=max(1, count // 6),
+            eval_every=max(1, count // 8),
             init_backbone=str(out / "backbone/last.pt"),
             **common,
             **contestant.options,
@@ -200,7 +200,8 @@ def draw(out: Path, seed: int = 0) -> None:
         rows = [_attention_row(loaded, scenes, serial) for loaded in models.values()]
         names = [c.title for c in CONTESTANTS.values()]
         path = out / f"attention-{number}.png"
-        visualize.panel_grid(rows, path, title=f"Where each class looks (test scene {serial})", row_names=names)
+        title = f"Test scene {serial}: where each class looks, its probability, and in white where its number stands"
+        visualize.panel_grid(rows, path, title=title, row_names=names)
 
 
 @torch.no_grad()

@@ -149,6 +149,8 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path,
         title: above the two panels.
     """
     figure = _figure(9.6, 3.7)
+    from matplotlib import ticker
+
     loss_axes, map_axes = figure.subplots(1, 2)
     ends: list[tuple[float, int, str, str]] = []
     for number, (name, records) in enumerate(runs.items()):
@@ -168,13 +170,15 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path,
         )
     loss_axes.set_title("training loss", fontsize=10, loc="left")
     loss_axes.set_yscale("log")
-    for axis_part in (loss_axes.yaxis.set_major_formatter, loss_axes.yaxis.set_minor_formatter):
-        axis_part(lambda value, _: f"{value:.2g}")
+    loss_axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+    loss_axes.yaxis.set_major_formatter(lambda value, _: f"{value:.2g}")
+    loss_axes.yaxis.set_minor_locator(ticker.NullLocator())
     loss_axes.legend(frameon=False, fontsize=9)
     map_axes.set_title("validation mAP", fontsize=10, loc="left")
     map_axes.set_ylim(0, 1.08)
     for axes in (loss_axes, map_axes):
         axes.set_xlabel("step", fontsize=9)
+        axes.set_xlim(left=0)
         axes.tick_params(which="both", labelsize=8)
         axes.grid(color="#e4e7eb", linewidth=0.7)
         axes.spines[["top", "right"]].set_visible(False)
