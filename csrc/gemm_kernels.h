@@ -48,7 +48,7 @@ template <typename S, typename T>
 static void pack_panels(int64_t K, const S* b, int64_t b_k, int64_t b_n, int64_t columns, const Panels& panels,
                         T* packed, int64_t block_k) {
   constexpr int L = kLanes<T>;
-  constexpr int64_t some = 2 * L;  // rows at a time over all panels: a row is fetched once
+  const int64_t some = panels.count == 1 ? K : 2 * L;  // rows at a time over all panels: a row is fetched once
   for (int64_t k0 = 0; k0 < K; k0 += some)
     for (int64_t p = 0; p < panels.count; ++p) {
       const int64_t v0 = panels.first(p), w = panels.width(p) * L;
@@ -59,6 +59,10 @@ static void pack_panels(int64_t K, const S* b, int64_t b_k, int64_t b_n, int64_t
         if (w == 3 * L) copy_rows<S, T, 3>(rows, from, b_k, to);
         if (w == 2 * L) copy_rows<S, T, 2>(rows, from, b_k, to);
         if (w == L) copy_rows<S, T, 1>(rows, from, b_k, to);
+        continue;
+      }
+      if (b_n == 1 && b_k >= 0) {
+        copy_padded<S, T>(rows, valid, w, from, b_k, to);
         continue;
       }
       copy_block<S, T>(rows, valid, from, b_k, b_n, to, w);

@@ -31,7 +31,7 @@ char* at(void* base, int64_t offset, Dtype dtype) {
 // Runs f(group, tile) over all pairs, on torch's own threads where the work is worth them.
 template <typename F>
 void for_each_tile(int64_t groups, const Plan& plan, double work_of_group, const F& f) {
-  constexpr double kWorthAThread = 1 << 17;  // multiply-adds and moved numbers: 10 us or so
+  constexpr double kWorthAThread = 1 << 18;  // multiply-adds and moved numbers: 20 us or so
   const int64_t tiles = plan.tiles_m * plan.tiles_n;
   const int64_t items = groups * tiles;
   if (items == 0) return;
