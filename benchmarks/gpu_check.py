@@ -27,7 +27,7 @@ import torch
 
 from . import report
 from .machine import ROOT
-from .run import read_rows
+from .records import read_rows
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LARGEST_LOG = 4 << 20
@@ -55,6 +55,12 @@ class Part:
     status: str = "not reached"
     seconds: float = 0.0
     note: str = ""
+
+    @property
+    def fell_short(self) -> bool:
+        """Whether it ended otherwise than it should."""
+        fine = ("passed", "not reached", *(["ran out of time"] if self.stoppable else []))
+        return self.status not in fine
 
 
 def _start(part: Part) -> tuple[subprocess.Popen, float]:
@@ -196,7 +202,7 @@ def summary(parts: list[Part], out: Path) -> str:
     lines += [f"{p.name:<36} {p.status:<18} {p.seconds:>7.0f}  {p.note}" for p in parts]
     if rows:
         lines += ["", report.table(rows), report.verdicts(rows)]
-    short = [f"  {p.name}: {p.status}" for p in parts if p.status not in ("passed", "not reached") and not p.stoppable]
+    short = [f"  {p.name}: {p.status}" for p in parts if p.fell_short]
     short += [
         f"  {row['title'].split('  ')[0]}, {row['provider']}: {row['status']}: {row['message']}"
         for row in rows
@@ -255,7 +261,7 @@ def main(arguments: list[str] | None = None) -> int:
     (out / "report.txt").write_text(summary(parts, out))
     print((out / "report.txt").read_text())
     print(f"written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
-    return int(any(part.status not in ("passed", "not reached") and not part.stoppable for part in parts))
+    return int(any(part.fell_short for part in parts))
 
 
 if __name__ == "__main__":

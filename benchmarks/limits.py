@@ -8,10 +8,22 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 
 Function = Callable[[], object]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A function of something that is made afresh, outside the timing, before each call."""
+
+    prepare: Function
+    run: Callable[[Any], object]
+
+    def __call__(self) -> object:
+        return self.run(self.prepare())
 
 
 @dataclass(frozen=True)
@@ -41,14 +53,24 @@ def _flush_buffer() -> torch.Tensor:
 
 def _once_cuda(function: Function) -> tuple[torch.cuda.Event, torch.cuda.Event]:
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    prepared = function.prepare() if isinstance(function, Prepared) else None
     _flush_buffer().zero_()
     start.record()
-    function()
+    if isinstance(function, Prepared):
+        function.run(prepared)
+    else:
+        function()
     end.record()
     return start, end
 
 
 def _once_cpu(function: Function, inner: int) -> float:
+    if isinstance(function, Prepared):
+        run, prepared = function.run, [function.prepare() for _ in range(inner)]
+        begin = time.perf_counter()
+        while prepared:
+            run(prepared.pop())
+        return (time.perf_counter() - begin) * 1e3 / inner
     begin = time.perf_counter()
     for _ in range(inner):
         function()
@@ -92,7 +114,7 @@ def measure(
         n: max(fewest[n], min(most, int(1e3 * seconds / (max(t, 1e-3) + flush_ms)))) for n, t in estimates.items()
     }
     inner = {
-        name: max(1, min(4096, round(1.0 / max(t, 1e-4)))) if device == "cpu" else 1 for name, t in estimates.items()
+        name: max(1, min(1000, round(1.0 / max(t, 1e-3)))) if device == "cpu" else 1 for name, t in estimates.items()
     }
     rounds = max(counts.values())
     order = random.Random(0)

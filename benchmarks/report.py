@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from .records import Row
 
-Row = dict[str, Any]
 PASSES = ("forward", "backward", "both")
 
 

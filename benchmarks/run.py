@@ -11,7 +11,6 @@ to benchmarks/results/<device>/<commit>.jsonl. On a CPU large workloads are divi
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,6 @@ from typing import Any
 
 import torch
 import torch._dynamo
-import torch._functorch.config
 from torch import Tensor
 
 from mlhead import _backend
@@ -34,9 +32,8 @@ from mlhead.testing import CASES, Sample
 from . import limits, machine, report
 from .baselines import baselines
 from .plan import DTYPES, VERIFIED_ELEMENTS, Group, elements, groups, shrink
+from .records import Row, append_rows, read_rows
 from .verify import Provider, Verdict, agree, attempt, calls, verify
-
-Row = dict[str, Any]
 
 
 def providers_of(group: Group, device: str, backends: list[str] | None, modes: tuple[str, ...]) -> dict[str, Provider]:
@@ -60,24 +57,21 @@ def pass_functions(sample: Sample, function: Provider) -> dict[str, Callable[[],
     """The three passes as functions without arguments."""
     leaves = calls(sample, function).leaves()
     tensors = [t for t in leaves.tensors.values() if t is not None]
-    out = leaves.call()
 
     def forward() -> Any:
         with torch.no_grad():
             return leaves.call()
 
-    def backward() -> Any:
-        return torch.autograd.grad(out, tensors, sample.dout, retain_graph=True)
+    # A graph that is kept for another backward may be much slower, so each backward gets a graph of its own.
+    backward = limits.Prepared(leaves.call, lambda out: torch.autograd.grad(out, tensors, sample.dout))
 
-    def both() -> Any:
-        return torch.autograd.grad(leaves.call(), tensors, sample.dout)
-
-    return {"forward": forward, "backward": backward, "both": both}
+    return {"forward": forward, "backward": backward, "both": backward.__call__}
 
 
 def peak_mib(function: Callable[[], Any], device: str) -> float | None:
     """Memory that a call takes beyond what was there before it; not known on a CPU."""
     if device != "cuda":
+        function()
         return None
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
@@ -87,15 +81,25 @@ def peak_mib(function: Callable[[], Any], device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def host_us(function: Callable[[], Any]) -> float:
+def host_us(function: Callable[[], Any], device: str) -> float | None:
     """What the calling thread spends on one call whose work runs on the GPU meanwhile."""
+    if device != "cuda":
+        return None
+    run = function.run if isinstance(function, limits.Prepared) else lambda _: function()
+    prepared = [function.prepare() if isinstance(function, limits.Prepared) else None for _ in range(10)]
     torch.cuda.synchronize()
     begin = time.perf_counter()
-    for _ in range(20):
-        function()
+    while prepared:
+        run(prepared.pop())
     spent = time.perf_counter() - begin
     torch.cuda.synchronize()
-    return spent / 20 * 1e6
+    return spent / 10 * 1e6
+
+
+def footprint(functions: dict[str, Callable[[], Any]], device: str) -> tuple[dict, dict]:
+    """Peak memory and host time of each pass, and its first run at this size."""
+    peaks = {key: peak_mib(function, device) for key, function in functions.items()}
+    return peaks, {key: host_us(function, device) for key, function in functions.items()}
 
 
 def run_group(group: Group, device: str, options: argparse.Namespace) -> list[Row]:
@@ -118,16 +122,15 @@ def run_group(group: Group, device: str, options: argparse.Namespace) -> list[Ro
             del good[name]
 
     passes: dict[str, dict[str, Callable[[], Any]]] = {}
-    peaks, host = {}, {}
+    peaks: dict[str, dict[str, float | None]] = {}
+    host: dict[str, dict[str, float | None]] = {}
     for name, function in good.items():
-        found, verdict = attempt(lambda function=function: pass_functions(sample, function))  # type: ignore[misc]
-        if found is None:
+        found = pass_functions(sample, function)
+        measured, verdict = attempt(partial(footprint, found, device))
+        if measured is None:
             verdicts[name] = verdict
-            continue
-        passes[name] = found
-        peaks[name] = {key: peak_mib(call, device) for key, call in found.items()}
-        if device == "cuda":
-            host[name] = {key: host_us(call) for key, call in found.items()}
+        else:
+            passes[name], (peaks[name], host[name]) = found, measured
     timings = {
         key: limits.measure({name: passes[name][key] for name in passes}, device, options.seconds_each, options.least)
         for key in (report.PASSES if passes else ())
@@ -164,7 +167,7 @@ def run_group(group: Group, device: str, options: argparse.Namespace) -> list[Ro
                 "copy_gbps": limits.copy_bandwidth(device) / 1e9,
                 "gemm_tflops": limits.gemm_rate(device, dtype) / 1e12,
                 "peak_mib": peaks[name][key] if name in passes else None,
-                "host_us": host[name][key] if name in host else None,
+                "host_us": host[name][key] if name in passes else None,
                 "errors": verdicts[name].errors,
                 "verified_at": verified_at,
                 "flushed": device == "cuda",
@@ -172,25 +175,6 @@ def run_group(group: Group, device: str, options: argparse.Namespace) -> list[Ro
             }
             rows.append(row)
     return rows
-
-
-def read_rows(path: Path) -> list[Row]:
-    """The rows of a results file; a last line cut short by a kill is left out."""
-    rows = []
-    for line in path.read_text().splitlines() if path.is_file() else ():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
-
-
-def append_rows(path: Path, rows: list[Row]) -> None:
-    """Adds rows to a results file, on lines of their own even after one cut short."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    cut_short = path.is_file() and path.stat().st_size > 0 and not path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write("\n" * cut_short + "".join(json.dumps(row) + "\n" for row in rows))
 
 
 @contextmanager
@@ -251,8 +235,6 @@ def main(arguments: list[str] | None = None) -> int:
     default_mode = ["default"] if device == "cuda" and not options.quick else []
     options.compile = [m for m in options.compile if m != "none"] if options.compile else default_mode
     options.seconds_each = options.seconds_each or (0.25 if options.quick or device == "cuda" else 1.0)
-    # A second backward through the graph of a compiled function is what the backward pass times.
-    torch._functorch.config.donated_buffer = False
     todo = groups(device, options.quick, options.op, options.workload, options.dtype, options.dims)
     if options.list:
         print("\n".join(group.title() for group in todo))

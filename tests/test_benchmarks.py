@@ -11,7 +11,7 @@ import time
 import pytest
 import torch
 
-from benchmarks import baselines, gpu_check, limits, plan, report, run, touch, verify
+from benchmarks import baselines, gpu_check, limits, plan, plot, records, report, run, touch, verify
 from mlhead.testing import CASES
 
 TINY = ["--device", "cpu", "--op", "group_fc", "--dims", "B=3,G=4,E=8,C=10", "--seconds-each", "0.002", "--least", "2"]
@@ -58,7 +58,7 @@ def test_what_is_wrong_is_reported_and_not_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(baselines.BASELINES, "group_fc", planted)
     out = tmp_path / "rows.jsonl"
     assert run.main([*TINY, "--out", str(out)]) == 0
-    rows = run.read_rows(out)
+    rows = records.read_rows(out)
     for provider, status in (("torch: wrong", "wrong"), ("torch: refuses", "failed"), ("torch: bmm", "ok")):
         mine = [row for row in rows if row["provider"] == provider]
         assert len(mine) == 3
@@ -103,7 +103,7 @@ def test_results_are_appended_and_resumed(tmp_path, capsys):
     out.write_text(first + '{"cut sho')  # killed in the middle of a line
     run.main([*TINY, "--dtype", "fp64", "--out", str(out), "--resume"])
     assert out.read_text().startswith(first)
-    assert {row["dtype"] for row in run.read_rows(out)} == {"fp32", "fp64"}
+    assert {row["dtype"] for row in records.read_rows(out)} == {"fp32", "fp64"}
     run.main([*TINY, "--minutes", "1e-9", "--out", str(out)])
     assert "Not reached:\n  group_fc custom fp32" in capsys.readouterr().out
 
@@ -171,6 +171,18 @@ def test_losses_are_reported():
     assert "Plain PyTorch wins nowhere." in report.verdicts(rows)
 
 
+def test_results_can_be_drawn(tmp_path, capsys):
+    out = tmp_path / "rows.jsonl"
+    run.main([*TINY, "--out", str(out)])
+    assert plot.main([str(out), "--out", str(tmp_path / "pictures")]) == 0
+    picture = tmp_path / "pictures" / "rows-group_fc.png"
+    assert str(picture) in capsys.readouterr().out
+    assert picture.stat().st_size > 10_000
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(SystemExit):
+        plot.main([str(tmp_path / "empty.jsonl")])
+
+
 def test_touch_checks_results(capsys, monkeypatch):
     assert touch.main(["--device", "cuda", "--list"]) == 0
     assert "group_fc triton float16" in capsys.readouterr().out
@@ -204,6 +216,8 @@ def test_gpu_check_goes_on_past_a_failing_part(tmp_path, monkeypatch):
         gpu_check.Part("breaks", [*command, "raise SystemExit('no compiler')"], tmp_path / "a.log", soon, {}),
         gpu_check.Part("hangs", [*command, "import time; time.sleep(99)"], tmp_path / "b.log", soon - 54, {}),
         gpu_check.Part("works", [*command, "print('2 passed')"], tmp_path / "c.log", soon, {}),
+        gpu_check.Part("stops", [*command, "import time; time.sleep(99)"], tmp_path / "f.log", soon - 54, {}, True),
+        gpu_check.Part("stoppable", [*command, "1 / 0"], tmp_path / "g.log", soon, {}, True),
         gpu_check.Part("is late", [*command, "print('no')"], tmp_path / "d.log", 0.0, {}),
         gpu_check.Part("is not there", ["/nowhere/tool"], tmp_path / "e.log", soon, {}),
     ]
@@ -213,11 +227,16 @@ def test_gpu_check_goes_on_past_a_failing_part(tmp_path, monkeypatch):
         "breaks": "failed (1)",
         "hangs": "ran out of time",
         "works": "passed",
+        "stops": "ran out of time",
+        "stoppable": "failed (1)",
         "is late": "not reached",
         "is not there": "failed",
     }
     text = gpu_check.summary(parts, tmp_path)
-    assert "Fell short:\n  breaks: failed (1)\n  hangs: ran out of time\n  is not there: failed" in text
+    assert (
+        "Fell short:\n  breaks: failed (1)\n  hangs: ran out of time\n  stoppable: failed (1)\n  is not there: failed"
+        in text
+    )
     assert "Not reached:\n  is late" in text
     assert "2 passed" in text
 
