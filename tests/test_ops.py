@@ -36,6 +36,7 @@ def run_and_check(case: OpCase, sample: Sample, backend: str) -> dict[str, Tenso
     assert results.keys() == exact.keys()
     for name, result in results.items():
         check(name, result, exact[name], plain[name])
+        assert result.is_contiguous(), f"{name} has strides {result.stride()}, which the fake does not promise"
     return results
 
 

@@ -15,7 +15,7 @@ def group_fc(h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int) -
     B, G, _ = h.shape
     J = weight.shape[2]
     logits = torch.einsum("bge,gej->bgj", h, weight).reshape(B, G * J)[:, :num_classes]
-    return logits.contiguous() if bias is None else logits + bias
+    return (logits if bias is None else logits + bias).contiguous()
 
 
 def group_fc_grad(
