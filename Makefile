@@ -13,14 +13,14 @@ endif
 
 .PHONY: demo test test-all lint format bench gpu-check extension clean
 
-demo: $(ENVIRONMENT)
+demo: $(ENVIRONMENT) extension
 	$(PY) -m mlhead demo --out runs/demo
 
-test: $(ENVIRONMENT)
+test: $(ENVIRONMENT) extension
 	$(PY) -m pytest
 
 # Also walks every timm architecture and every shipped kernel configuration: about an hour on 2 cores.
-test-all: $(ENVIRONMENT)
+test-all: $(ENVIRONMENT) extension
 	$(PY) -m pytest -m "slow or not slow"
 
 lint: $(ENVIRONMENT)
@@ -34,7 +34,7 @@ format: $(ENVIRONMENT)
 	$(PY) -m ruff format .
 	$(dir $(PY))clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 
-bench: $(ENVIRONMENT)
+bench: $(ENVIRONMENT) extension
 	$(PY) -m benchmarks.run
 
 # On a machine with a GPU; with packages in place and no network: make gpu-check PY=python3
@@ -47,7 +47,6 @@ extension: $(ENVIRONMENT)
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(SYSTEM) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,lint]"
-	MLHEAD_BUILD=$(BUILD) $(VENV)/bin/python setup.py -q build_ext --inplace
 	touch $@
 
 clean:

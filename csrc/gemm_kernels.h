@@ -130,11 +130,13 @@ static void run_n(const Gemm& g, const Plan& plan, int64_t m0, int64_t m1, int64
   const int64_t few = columns > L && columns % L <= kFewColumns ? columns % L : 0;  // computed by run_column
   const Panels panels(divide_up(columns - few, L));
   const int64_t width = panels.vectors * L;
-  const bool pack_b =
-      plan.pack_b || columns < panels.width(panels.count - 1) * L || (!std::is_same_v<S, T> && rows <= rows_of(1));
   const int64_t blocks_k = max(1, divide_up(g.K, plan.block_k));
   const int64_t block_k = divide_up(g.K, blocks_k);
   const int64_t block_m = divide_up(rows, divide_up(rows, plan.block_m));
+  // A block of so few rows reads B once and would never pack it, which 16-bit elements need.
+  const int64_t last_rows = rows - (divide_up(rows, block_m) - 1) * block_m;
+  const bool pack_b =
+      plan.pack_b || columns < panels.width(panels.count - 1) * L || (!std::is_same_v<S, T> && last_rows <= rows_of(1));
   const int64_t c_width = width + few, c_rows = plan.scratch_c ? (blocks_k == 1 ? block_m : rows) : 0;
 
   Scratch<T> scratch(block_k * ((pack_b ? width : kVectors * L) + few), plan.pack_a ? block_m * block_k : 0,

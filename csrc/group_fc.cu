@@ -352,10 +352,10 @@ template <typename T, Product ROLE>
 bool aligned(const GroupedProduct& p) {
   constexpr int64_t width = 16 / int64_t(sizeof(T));
   const bool a_k = Layout<ROLE>::a_inner_is_k, b_n = Layout<ROLE>::b_inner_is_n;
-  const int64_t inner = (a_k ? p.a_k : p.a_m) | (b_n ? p.b_n : p.b_k);
+  const bool inner = (a_k ? p.a_k : p.a_m) == 1 && (b_n ? p.b_n : p.b_k) == 1;
   const int64_t others = p.a_g | p.b_g | (a_k ? p.a_m : p.a_k) | (b_n ? p.b_k : p.b_n);
   const bool bases = (reinterpret_cast<uintptr_t>(p.a) | reinterpret_cast<uintptr_t>(p.b)) % 16 == 0;
-  return inner == 1 && others % width == 0 && bases;
+  return inner && others % width == 0 && bases;
 }
 
 template <typename T, Product ROLE>

@@ -52,4 +52,9 @@ def device_guard(tensor: Tensor) -> AbstractContextManager:
 
 def dot_precision(tensor: Tensor) -> str:
     """`input_precision` of tl.dot: TF32 for fp32 only where torch's own matrix products may use it."""
-    return "tf32" if tensor.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32 else "ieee"
+    if tensor.dtype != torch.float32:
+        return "ieee"
+    # The newer switch also answers for the older ones; where it was used, reading the older one raises.
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", None)
+    allowed = torch.backends.cuda.matmul.allow_tf32 if setting is None else setting == "tf32"
+    return "tf32" if allowed else "ieee"

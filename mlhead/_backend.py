@@ -86,9 +86,10 @@ def backend(name: str) -> Iterator[None]:
     try:
         yield
     finally:
-        _mirror.choice = before
         if token is not None:
             _chosen.reset(token)
+            before = _chosen.get()
+        _mirror.choice = before
 
 
 @contextmanager
@@ -99,7 +100,7 @@ def record_backends() -> Iterator[dict[str, str]]:
     try:
         yield record
     finally:
-        _recorders.remove(record)
+        _recorders[:] = [other for other in _recorders if other is not record]  # equal records are not the same
 
 
 def interpreting() -> bool:

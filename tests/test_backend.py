@@ -29,6 +29,40 @@ def test_context_argument_and_record() -> None:
     assert used == {"group_fc": _backend.resolve("group_fc", "auto", torch.device("cpu"), torch.float32)}
 
 
+def test_records_nest() -> None:
+    with mlhead.record_backends() as outer:
+        with mlhead.record_backends() as inner:
+            mlhead.group_fc(*_inputs(), backend="reference")
+        mlhead.csra_pool(torch.randn(1, 2, 3), torch.randn(1, 2, 3), temperatures=(1.0,), lam=0.1)
+    assert inner == {"group_fc": "reference"}
+    assert outer == {"group_fc": "reference", "csra_pool": "reference"}
+    assert not _backend._recorders
+
+
+def test_overlapping_threads_leave_the_choice_of_compiled_code_as_it_was() -> None:
+    first, second = mlhead.backend("reference"), mlhead.backend("cpp")
+    entered, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with second:
+            entered.set()
+            leave.wait()
+
+    thread = threading.Thread(target=other)
+    with first:
+        thread.start()
+        entered.wait()
+    leave.set()
+    thread.join()
+    assert _backend._mirror.choice == _backend._default
+
+
+def test_explicit_choice_under_torch_func_is_an_error() -> None:
+    h, weight = _inputs()
+    with pytest.raises(mlhead.BackendError, match="must be 'auto' or 'reference' under torch"):
+        torch.func.grad(lambda h: mlhead.group_fc(h, weight, backend="cpp").sum())(h)
+
+
 def test_explicit_choice_never_falls_back() -> None:
     h, weight = _inputs()
     with pytest.raises(

@@ -81,6 +81,24 @@ def test_lower_precision_accumulation_is_rejected() -> None:
     assert grade(running[None], exact, plain).problem is not None
 
 
+@pytest.mark.parametrize("every", [16, 64])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_a_partial_sum_kept_in_16_bits_is_rejected(dtype: torch.dtype, every: int) -> None:
+    """A kernel that rounds its accumulator after every k tile, on the dims of a real model."""
+    case = CASES["group_fc"]
+    sample = case.make({**case.model, "bias": False}, dtype, "cpu", 0)
+    h, weight = sample.tensors["h"], sample.tensors["weight"]
+    assert h is not None
+    assert weight is not None
+    running = torch.zeros(h.shape[0], h.shape[1], weight.shape[2], dtype=dtype)
+    for e in range(0, h.shape[2], every):
+        part = torch.einsum("bge,gej->bgj", h[..., e : e + every].float(), weight[:, e : e + every].float())
+        running = (running.float() + part).to(dtype)
+    exact, plain = oracle(sample)["out"], sample.run("reference")["out"]
+    assert grade(plain, exact, plain).problem is None
+    assert grade(running.flatten(1)[:, : exact.shape[1]], exact, plain).problem is not None
+
+
 def test_structural_zeros_must_be_exact() -> None:
     exact = torch.tensor([1.0, 0.0])
     assert grade(torch.tensor([1.0, 1e-9]), exact, exact).problem == "an element that must be exactly 0 is not"

@@ -123,6 +123,22 @@ def test_layouts(library: ctypes.CDLL, dtype: torch.dtype, layout: str) -> None:
     _compare(library, sample.map(LAYOUTS[layout]))
 
 
+@pytest.mark.parametrize("which", ["h", "weight", "dout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_one_operand_without_strides_beside_a_vectorised_one(
+    library: ctypes.CDLL, dtype: torch.dtype, which: str
+) -> None:
+    """Sizes that vector loads take, and one operand that has stride 0 along every axis: `out.sum().backward()`."""
+    sample = CASES["group_fc"].make({"B": 16, "G": 2, "E": 64, "C": 128}, dtype, "cpu", 3)
+    constant = torch.full((), 0.5, dtype=dtype)
+    if which == "dout":
+        sample = Sample(sample.function, sample.tensors, sample.options, constant.expand(sample.dout.shape))
+    else:
+        tensors = {**sample.tensors, which: constant.expand(sample.tensors[which].shape)}  # type: ignore[union-attr]
+        sample = Sample(sample.function, tensors, sample.options, sample.dout)
+    _compare(library, sample)
+
+
 def test_parts_cover_the_sum_and_none_is_empty(library: ctypes.CDLL) -> None:
     for steps in (1, 7, 8, 9, 16, 31, 100, 333, 5000):
         p = GroupedProduct(product=1, dtype=0, groups=1, M=4, N=4, K=16 * steps - 3, J=16 * steps - 3)

@@ -86,6 +86,8 @@ class DecoderHead(Head):
                 must = f"given anew for {groups} groups (they were given for {self.groups})"
                 _check.fail(type(self).__name__, "queries", must, None)
             queries = "learnable" if self.queries == "learnable" else "fixed"
+        if queries is not None:
+            _check_queries(type(self).__name__, queries, groups, self.embed_dim)  # before anything changes
         self.num_classes = num_classes
         self._make_last(groups, queries, self.embed_standart.weight)
         if queries is not None and self.queries != "given":

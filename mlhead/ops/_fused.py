@@ -8,13 +8,14 @@ An op `f` is a pair of library ops, `mlhead::f` and `mlhead::f_backward`, each w
 where `extras` are the further outputs of f and a gradient that is not needed is an empty tensor. A plain eager call
 goes straight to an autograd.Function around the launchers, which costs a few microseconds; when something traces
 (torch.compile, export, FakeTensor) or wraps tensors, the library op is called, whose Autograd key holds the same
-Function around the library ops. Under torch.func and forward-mode AD the reference, plain differentiable torch, runs.
-Gradients of gradients come from the reference's closed form.
+Function around the library ops. Under torch.func and forward-mode AD the reference, plain differentiable torch, runs;
+asking for another backend there is an error. Gradients of gradients come from the reference's closed form.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -30,9 +31,12 @@ _functorch_level = torch._C._functorch.maybe_current_level
 
 def is_plain_eager(tensors: Sequence[Tensor | None]) -> bool:
     """Whether nothing traces, transforms or wraps: the call may skip the dispatcher."""
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
+    if torch._C._len_torch_dispatch_stack() or torch._C._len_torch_function_stack():
         return False
-    return all(tensor is None or type(tensor) in _PLAIN for tensor in tensors)
+    # A view by its negative bit (the imaginary part of a conjugate) is resolved by the dispatcher only.
+    return torch._C._get_tracing_state() is None and all(
+        tensor is None or (type(tensor) in _PLAIN and not tensor.is_neg()) for tensor in tensors
+    )
 
 
 def is_transformed() -> bool:
@@ -118,13 +122,25 @@ class FusedOp:
         """All outputs of the op, on the backend asked for."""
         choice = _backend.requested(backend)
         tensors = [inputs[i] for i in self._tensors]
+        if torch.compiler.is_compiling():
+            return self.forward_op(*inputs, choice)
+        if is_transformed():
+            return self._run_transformed(inputs, choice)
         if is_plain_eager(tensors):
-            if is_transformed():
-                return self.reference(*inputs)
             if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
                 return self._run(*inputs, choice)
             return _Forward.apply(self, self._run, self._run_backward, *inputs, choice)
         return self.forward_op(*inputs, choice)
+
+    def _run_transformed(self, inputs: tuple[Any, ...], choice: str) -> Any:
+        if choice not in ("auto", "reference"):
+            raise _backend.BackendError(
+                f"{self.name}: backend must be 'auto' or 'reference' under torch.func and forward-mode AD, which "
+                f"differentiate plain torch, got {choice!r}"
+            )
+        tensor = inputs[0]
+        _backend.resolve(self.name, "reference", tensor.device, tensor.dtype)
+        return self.reference(*inputs)
 
     def _launchers(self, choice: str, tensor: Tensor) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """The forward and the backward launcher of the backend that runs a call with this tensor."""
@@ -223,6 +239,8 @@ class _Forward(torch.autograd.Function):
         arguments = (dout, *inputs, *saved[len(op._tensors) :], needs, ctx.choice)
         # With create_graph the gradient is itself differentiated, so it goes through the library op's autograd.
         run = op.backward_op if torch.is_grad_enabled() else ctx.run_backward
+        if dout.is_neg():
+            arguments = (dout.resolve_neg(), *arguments[1:])
         results = run(*arguments)
         results = results if len(op.differentiable) > 1 else (results,)
         for i, need, result in zip(op.differentiable, needs, results, strict=True):
@@ -248,7 +266,11 @@ class _Backward(torch.autograd.Function):
     def backward(ctx: Any, *ggrads: Tensor | None) -> Any:
         op: FusedOp = ctx.op
         create_graph = torch.is_grad_enabled()
-        with torch.enable_grad():
+        device_type = ctx.saved_tensors[0].device.type
+        with (
+            torch.enable_grad(),
+            torch.autocast(device_type, enabled=False) if device_type != "meta" else nullcontext(),
+        ):
             args = list(ctx.constants)
             wanted = []
             for i, tensor in zip(ctx.slots, ctx.saved_tensors, strict=True):

@@ -145,6 +145,13 @@ def csra_attention(
         x, weight = autocast(x.device.type, x, weight)  # type: ignore[assignment]
     _check_weight("csra_attention", x, weight)
     T = _check_temperatures("csra_attention", temperatures, weight.shape[0])
-    index = torch.as_tensor(classes, dtype=torch.long, device=weight.device)
+    index = torch.as_tensor(classes)
     _check.check_ndim("csra_attention", "classes", index, "(K,)")
+    C = weight.shape[1]
+    if index.is_floating_point() or index.dtype == torch.bool:
+        _check.fail("csra_attention", "classes", "integers", index.dtype, TypeError)
+    # On a GPU reading the values would wait for the device; there torch's own assertion ends a wrong index.
+    if index.device.type == "cpu" and index.numel() and not (0 <= index.min() and index.max() < C):
+        _check.fail("csra_attention", "classes", f"in [0, C) = [0, {C})", index.tolist())
+    index = index.to(weight.device, torch.long)
     return reference.csra_attention(x, weight.index_select(1, index), None, T, normalize)

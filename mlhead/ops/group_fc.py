@@ -105,7 +105,7 @@ def group_fc(
     J = weight.shape[2]
     C = num_classes
     if C is None:
-        C = G * J if bias is None else bias.shape[0]
+        C = G * J if bias is None else bias.numel()
     expected_J = -(-C // G) if G > 0 else 0
     if tuple(weight.shape) != (G, E, expected_J) or (G == 0 and C != 0):
         _check.fail(

@@ -38,8 +38,8 @@ def _check_queries(where: str, q: Tensor, k: Tensor, num_heads: int, key_mask: T
     _check.check_tensor(where, "k", k)
     _check.check_ndim(where, "k", k, "(B, L, E)")
     B, L, E = k.shape
-    if L == 0:
-        _check.fail(where, "k", "of at least one position (L >= 1)", tuple(k.shape))
+    if L == 0 or E == 0:
+        _check.fail(where, "k", "of at least one position and feature (L, E >= 1)", tuple(k.shape))
     _check.check_tensor(where, "q", q)
     if q.ndim not in (2, 3):
         _check.fail(where, "q", "(G, E) or (B, G, E)", tuple(q.shape))
@@ -54,6 +54,8 @@ def _check_queries(where: str, q: Tensor, k: Tensor, num_heads: int, key_mask: T
             got = key_mask.dtype if isinstance(key_mask, Tensor) else type(key_mask).__name__
             _check.fail(where, "key_mask", "a bool tensor, True = attend", got, TypeError)
         _check.check_shape(where, "key_mask", key_mask, "(B, L)", (B, L))
+        if key_mask.device != k.device:
+            _check.fail(where, "key_mask", f"on {k.device} like k", key_mask.device)
 
 
 def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
@@ -64,6 +66,8 @@ def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
         if seed.dtype != torch.int64 or seed.ndim != 0:
             _check.fail("query_attention", "seed", "an int64 scalar tensor", f"{seed.dtype} {tuple(seed.shape)}")
         return seed.to(device)
+    if not -(2**63) <= seed < 2**63:
+        _check.fail("query_attention", "seed", "a 64-bit integer", seed)
     return torch.full((), seed, dtype=torch.int64, device=device)
 
 
@@ -129,7 +133,7 @@ def query_attention_weights(q: Tensor, k: Tensor, num_heads: int, *, key_mask: T
         key_mask: (B, L) bool, True where a position may be attended.
 
     Returns:
-        (B, G, L), non-negative, summing to 1 over L.
+        (B, G, L), non-negative, summing to 1 over L; 0 for an image whose every position is masked.
 
     Raises:
         ValueError: A shape or num_heads does not fit.

@@ -56,7 +56,7 @@ def query_attention(
     seed: int64 scalar tensor -> out (B, G, E).
     """
     p, _ = _dropped(attention_weights(q, k, key_mask, num_heads), dropout_p, seed)
-    return _merge(torch.matmul(p.to(v.dtype), _heads(v, num_heads)))
+    return _merge(torch.matmul(p.to(v.dtype), _heads(v, num_heads))).contiguous()
 
 
 def query_attention_grad(

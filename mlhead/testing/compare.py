@@ -2,6 +2,10 @@
 
     max |result - oracle|  <=  2 * max |torch - oracle| + eps * max |oracle|
 
+and, for 16-bit results of at least 256 elements, where a mean says more than a maximum,
+
+    rms(result - oracle)  <=  1.25 * rms(torch - oracle)
+
 The oracle is the reference in fp64 on the same (rounded) inputs, `torch` the reference in the dtype of the result and
 eps the rounding unit of that dtype. An element that the oracle gives as exactly 0, such as the gradient of a class
 that does not exist, must be exactly 0; infinities and NaN must stand where the oracle has them. For an fp64 result,
@@ -19,6 +23,7 @@ from torch import Tensor
 from .case import Sample
 
 TORCH_FACTOR = 2.0
+RMS_FACTOR, RMS_ELEMENTS = 1.25, 256  # a sum rounded to 16 bits after every 64 terms is 1.6 times plain torch's rms
 ROUNDING_UNIT = {
     dtype: torch.finfo(dtype).eps for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 }
@@ -45,6 +50,10 @@ def _largest(tensor: Tensor) -> float:
     return tensor.abs().max().item() if tensor.numel() else 0.0
 
 
+def _rms(tensor: Tensor) -> float:
+    return tensor.square().mean().sqrt().item() if tensor.numel() else 0.0
+
+
 def grade(result: Tensor, oracle: Tensor, plain: Tensor) -> Grade:
     """Compares a result with the fp64 oracle, given what plain torch makes of it in the dtype of the result."""
     if result.shape != oracle.shape:
@@ -59,10 +68,14 @@ def grade(result: Tensor, oracle: Tensor, plain: Tensor) -> Grade:
     error, torch_error = _largest((wide - oracle)[finite]), _largest((plain_wide - oracle)[finite])
     budget = TORCH_FACTOR * torch_error + ROUNDING_UNIT[result.dtype] * _largest(oracle[finite])
     problem = None
+    rms, torch_rms = _rms((wide - oracle)[finite]), _rms((plain_wide - oracle)[finite])
+    counts = result.dtype.itemsize == 2 and result.numel() >= RMS_ELEMENTS
     if bool((~finite & unlike).any()):
         problem = f"{int((~finite & unlike).sum())} elements differ where the oracle is not finite"
     elif not error <= budget:  # NaN fails too
         problem = f"error {error:.3g} exceeds the budget {budget:.3g} (plain torch: {torch_error:.3g})"
+    elif counts and rms > RMS_FACTOR * torch_rms:
+        problem = f"rms error {rms:.3g} exceeds {RMS_FACTOR} times plain torch's {torch_rms:.3g}"
     elif bool(((oracle == 0) & (plain_wide == 0) & (wide != 0)).any()):
         problem = "an element that must be exactly 0 is not"
     return Grade(error, torch_error, budget, problem)
