@@ -34,7 +34,7 @@ class Contestant(NamedTuple):
 
 
 CONTESTANTS = {
-    "gap": Contestant("GAP", {"lr": 4e-3, "head_lr_mult": 20.0}),
+    "gap": Contestant("GAP", {"lr": 2e-3, "head_lr_mult": 100.0, "weight_decay": 0.0}),
     "csra": Contestant(
         "CSRA", {"lr": 4e-3, "head_opt": {"num_heads": 2, "lam": 1.0, "normalize": False, "bias": True}}
     ),
