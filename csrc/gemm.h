@@ -16,6 +16,7 @@
 #pragma once
 
 #include <cstdint>
+#include <optional>
 
 #include "dtypes.h"
 
@@ -47,7 +48,8 @@ struct Plan {
 };
 
 // `copies` is the number of such products the caller will run (groups): with few of them a product is cut finer.
-Plan plan_gemm(const Gemm& gemm, int64_t lanes, int64_t copies);
+// `axis` overrules the choice of the vector axis (for tests).
+Plan plan_gemm(const Gemm& gemm, int64_t lanes, int64_t copies, std::optional<VectorAxis> axis = std::nullopt);
 
 // The same product with the roles of m and n exchanged.
 Gemm exchanged(const Gemm& gemm);

@@ -60,7 +60,7 @@ Gemm exchanged(const Gemm& g) {
   return {g.dtype, g.N, g.M, g.K, g.b, g.b_n, g.b_k, g.a, g.a_k, g.a_m, g.c, g.c_n, g.c_m, g.bias};
 }
 
-Plan plan_gemm(const Gemm& gemm, int64_t lanes, int64_t copies) {
+Plan plan_gemm(const Gemm& gemm, int64_t lanes, int64_t copies, std::optional<VectorAxis> axis) {
   Plan plan;
   Gemm g = gemm;
   const double along_n = cost_n(g, lanes), along_k = cost_k(g, lanes);
@@ -69,6 +69,7 @@ Plan plan_gemm(const Gemm& gemm, int64_t lanes, int64_t copies) {
   plan.axis = along_n <= along_m && along_n <= along_k ? VectorAxis::n
               : along_m <= along_k                     ? VectorAxis::m
                                                        : VectorAxis::k;
+  if (axis) plan.axis = *axis;
   if (plan.axis == VectorAxis::m) g = exchanged(g);
 
   const int64_t size = is_16_bit(g.dtype) ? 4 : element_size(g.dtype);  // of the accumulation type
