@@ -30,7 +30,8 @@ def _load(part: str) -> str | None:
     try:
         torch.ops.load_library(str(path))
     except (OSError, RuntimeError) as error:
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+        cause = error.__cause__ or error  # torch wraps what the dynamic linker said
+        first_line = (str(cause).strip() or type(cause).__name__).splitlines()[0]
         return f"mlhead/{path.name} does not load with torch {torch.__version__}: {first_line}"
     return None
 
