@@ -41,6 +41,9 @@ def check_rows(rows: list[dict]) -> None:
                 name for row in rows if (row["target"], row["kernel"]) == (target, kernel) for name in row["matrix"]
             }
             assert names <= found, f"{kernel} never uses {names} on {target}"
+    # One dtype asks for TF32 and one does without; the switch must have reached the kernels.
+    assert all(set(row["matrix"]) & {"HMMA", "HGMMA", "UTCHMMA"} for row in rows if row["dtype"] == "tf32")
+    assert all(set(row["matrix"]) <= {"FFMA", "FFMA2"} for row in rows if row["dtype"] == "fp32")
     reached = {place for row in rows for place in row["at"]}
     for name in aot.names_with_kernels():
         assert set(CASES[name].workloads) <= reached
