@@ -74,7 +74,7 @@ def shrink(
     """Dims that fit a budget, and the factors: first fewer classes, in steps of 5, then half the images at a time."""
     dims = dict(dims)
     scale: dict[str, int] = {}
-    while elements(case, dims) > most_elements and dims.get("C", 0) % 5 == 0 and dims["C"] >= 5000:
+    while elements(case, dims) > most_elements and dims.get("C", 0) >= 5000 and dims["C"] % 5 == 0:
         dims["C"] //= 5
         scale["C"] = 5 * scale.get("C", 1)
     while dims["B"] > 1 and (
