@@ -42,39 +42,40 @@ def _unit_rows(weight: Tensor, normalize: bool) -> Tensor:
     return weight / torch.linalg.vector_norm(weight, dim=-1, keepdim=True) if normalize else weight
 
 
-def _pool(scores: Tensor, temperature: float, lam: float) -> Tensor:
-    """Mean plus lam times the attention-weighted mean over the last axis."""
+def _pool(scores: Tensor, temperature: float, lam: float, average: float) -> Tensor:
+    """`average` times the mean plus lam times the attention-weighted mean over the last axis."""
     if temperature == math.inf:
         attended = scores.amax(-1)
     else:
         attended = (torch.softmax(temperature * scores, -1) * scores).sum(-1)
-    return scores.mean(-1) + lam * attended
+    return average * scores.mean(-1) + lam * attended
 
 
 def csra_pool_conv(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, temperatures: Any, lam: Any, normalize: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, temperatures: Any, lam: Any, normalize: bool, average: float
 ) -> Tensor:
     """CSRA's published code: for each head a 1x1 convolution, softmax and sums over its score map."""
     lams = lam if isinstance(lam, tuple) else (lam,) * len(temperatures)
-    image = x.transpose(1, 2).unsqueeze(-1)
+    image = x if x.ndim == 4 else x.transpose(1, 2).unsqueeze(-1)
     logits = []
     for head, (temperature, lam_h) in enumerate(zip(temperatures, lams, strict=True)):
         kernel = _unit_rows(weight[head], normalize)[:, :, None, None]
         scores = F.conv2d(image, kernel, None if bias is None else bias[head]).flatten(2)
-        logits.append(_pool(scores, temperature, lam_h))
+        logits.append(_pool(scores, temperature, lam_h, average))
     return torch.stack(logits).sum(0)
 
 
 def csra_pool_matmul(
-    x: Tensor, weight: Tensor, bias: Tensor | None, *, temperatures: Any, lam: Any, normalize: bool
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, temperatures: Any, lam: Any, normalize: bool, average: float
 ) -> Tensor:
     """One matrix product for all heads."""
     lams = lam if isinstance(lam, tuple) else (lam,) * len(temperatures)
     H, C, D = weight.shape
-    scores = torch.matmul(_unit_rows(weight, normalize).view(H * C, D), x.transpose(1, 2)).unflatten(1, (H, C))
+    features = x.flatten(2) if x.ndim == 4 else x.transpose(1, 2)
+    scores = torch.matmul(_unit_rows(weight, normalize).view(H * C, D), features).unflatten(1, (H, C))
     if bias is not None:
         scores = scores + bias[None, :, :, None]
-    return torch.stack([_pool(scores[:, h], T, lams[h]) for h, T in enumerate(temperatures)]).sum(0)
+    return torch.stack([_pool(scores[:, h], T, lams[h], average) for h, T in enumerate(temperatures)]).sum(0)
 
 
 def _split(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Tensor, Tensor]:

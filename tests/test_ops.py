@@ -39,7 +39,9 @@ def run_and_check(case: OpCase, sample: Sample, backend: str) -> dict[str, Tenso
     assert results.keys() == exact.keys()
     for name, result in results.items():
         check(name, result, exact[name], plain[name])
-        assert result.is_contiguous(), f"{name} has strides {result.stride()}, which the fake does not promise"
+        # An op of tokens leaves the gradient of a map as a channels-last view: no copy.
+        plain_strides = result.is_contiguous() or (result.ndim == 4 and result.permute(0, 2, 3, 1).is_contiguous())
+        assert plain_strides, f"{name} has strides {result.stride()}, which the fake does not promise"
     return results
 
 

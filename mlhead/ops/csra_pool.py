@@ -14,14 +14,20 @@ from ._fused import FusedOp, autocast, is_autocasting
 
 
 def _fake(
-    x: Tensor, weight: Tensor, bias: Tensor | None, temperatures: list[float], lam: list[float], normalize: bool
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperatures: list[float],
+    lam: list[float],
+    normalize: bool,
+    average: float,
 ) -> Tensor:
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
 _csra_pool = FusedOp(
     "csra_pool",
-    "Tensor x, Tensor weight, Tensor? bias, float[] temperatures, float[] lam, bool normalize",
+    "Tensor x, Tensor weight, Tensor? bias, float[] temperatures, float[] lam, bool normalize, float average",
     outputs=1,
     differentiable=(0, 1, 2),
     reference=reference.csra_pool,
@@ -67,12 +73,13 @@ def csra_pool(
     temperatures: Sequence[float],
     lam: float | Sequence[float],
     normalize: bool = False,
+    average: float = 1.0,
     backend: str | None = None,
 ) -> Tensor:
     """Class-specific residual attention pooling (CSRA): every class pools the positions by its own scores.
 
     s[h,b,c,l]  = sum_d x[b,l,d] * w[h,c,d] + bias[h,c]
-    logits[b,c] = sum_h ( mean_l s[h,b,c,l] + lam_h * A_{T_h}(s[h,b,c,:]) )
+    logits[b,c] = sum_h ( average * mean_l s[h,b,c,l] + lam_h * A_{T_h}(s[h,b,c,:]) )
     A_T(s) = sum_l softmax_l(T s)_l s_l,    A_inf(s) = max_l s_l
 
     Args:
@@ -82,6 +89,7 @@ def csra_pool(
         temperatures: H numbers > 0; `math.inf` takes the maximum (its gradient goes to the first maximal position).
         lam: The weight of the attention term, one number or one per head.
         normalize: Divide every classifier by its norm over D first; a zero classifier stays zero.
+        average: The weight of the mean: 1 as in the paper, 0 for attention alone (Table 6).
         backend: "auto", "reference", "triton", "cpp", "cuda"; None takes the surrounding `backend(...)`.
 
     Returns:
@@ -114,7 +122,10 @@ def csra_pool(
         _check.fail("csra_pool", "lam", f"one number, or one per head (H = {H})", lams)
     if not all(-math.inf < value < math.inf for value in lams):
         _check.fail("csra_pool", "lam", "finite", lams)
-    return _csra_pool(x, weight, bias, T, lams, normalize, backend=backend)
+    average = float(average)
+    if not -math.inf < average < math.inf:
+        _check.fail("csra_pool", "average", "finite", average)
+    return _csra_pool(x, weight, bias, T, lams, normalize, average, backend=backend)
 
 
 def csra_attention(

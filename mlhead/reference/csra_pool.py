@@ -1,4 +1,8 @@
-"""Class-specific residual attention: CSRA, Eq. 2-8, 13 and section 3.4."""
+"""Class-specific residual attention: CSRA, Eq. 2-8, 13 and section 3.4.
+
+The scores (H, B, C, L) never exist whole: both functions go through the classes a chunk at a time, and the gradient
+makes the scores of a chunk again. (Where torch's autograd goes through the forward, under torch.func, it keeps them.)
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,19 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+
+_CHUNK = 1 << 21  # scores that exist at a time
+
+
+def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
+    """The classes in slices whose scores number at most _CHUNK; all at once where a tracer runs with symbolic sizes."""
+    H, C = weight.shape[:2]
+    per_class = x.shape[0] * x.shape[1] * H
+    if not all(type(n) is int for n in (per_class, C)):
+        return [slice(0, C)]
+    step = max(1, _CHUNK // max(1, per_class))
+    return [slice(c, min(c + step, C)) for c in range(0, C, step)] or [slice(0, 0)]
 
 
 def _accumulate(dtype: torch.dtype) -> torch.dtype:
@@ -44,21 +61,9 @@ def _attention(s: Tensor, temperature: float) -> Tensor:
     return torch.softmax(temperature * s, -1)
 
 
-def csra_pool(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    temperatures: Sequence[float],
-    lam: Sequence[float],
-    normalize: bool,
-) -> Tensor:
-    """logits[b, c] = sum_h (mean_l s[h,b,c,l] + lam_h A_{T_h}(s[h,b,c,:])).
-
-    A_T(s) = sum_l softmax_l(T s)_l s_l and A_inf(s) = max_l s_l.
-    x (B, L, D), weight (H, C, D), bias (H, C) or None, temperatures and lam: H numbers each -> logits (B, C).
-    """
-    s = _scores(x, weight, bias, normalize)
-    logits = s.mean(-1).sum(0)
+def _pool(s: Tensor, temperatures: Sequence[float], lam: Sequence[float], average: float) -> Tensor:
+    """The logits of scores (H, B, C, L), summed over the heads, in the dtype of the scores."""
+    logits = average * s.mean(-1).sum(0)
     for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
         if T < math.inf:
             pooled = (_attention(s_h, T) * s_h).sum(-1)
@@ -66,7 +71,46 @@ def csra_pool(
             # A one-hot times a score would carry no more than the gather, and turn 0 * inf into NaN.
             pooled = s_h.gather(-1, _first_maximum(s_h)).squeeze(-1)
         logits = logits + lam_h * pooled
-    return logits.to(x.dtype)
+    return logits
+
+
+def csra_pool(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperatures: Sequence[float],
+    lam: Sequence[float],
+    normalize: bool,
+    average: float,
+) -> Tensor:
+    """logits[b, c] = sum_h (average mean_l s[h,b,c,l] + lam_h A_{T_h}(s[h,b,c,:])).
+
+    A_T(s) = sum_l softmax_l(T s)_l s_l and A_inf(s) = max_l s_l.
+    x (B, L, D), weight (H, C, D), bias (H, C) or None, temperatures and lam: H numbers each -> logits (B, C).
+    """
+    parts = []
+    for c in _chunks(x, weight):
+        s = _scores(x, weight[:, c], None if bias is None else bias[:, c], normalize)
+        parts.append(_pool(s, temperatures, lam, average).to(x.dtype))
+    return torch.cat(parts, 1)
+
+
+def _score_gradient(
+    s: Tensor, dlogits: Tensor, temperatures: Sequence[float], lam: Sequence[float], average: float
+) -> Tensor:
+    """ds (H, B, C, L) for dlogits (B, C):
+
+    ds_l = dlogit (average / L + lam p_l (1 + T (s_l - A))) with p = softmax(T s), and p_l = [l is the first maximum]
+    without the factor in T for T = inf.
+    """
+    dlogits = dlogits.to(s.dtype)[:, :, None]
+    heads = []
+    for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
+        p = _attention(s_h, T)
+        if T < math.inf:
+            p = p * (1.0 + T * (s_h - (p * s_h).sum(-1, keepdim=True)))
+        heads.append(dlogits * (average / s.shape[-1] + lam_h * p))
+    return torch.stack(heads) if heads else torch.zeros_like(s)
 
 
 def csra_pool_grad(
@@ -77,27 +121,27 @@ def csra_pool_grad(
     temperatures: Sequence[float],
     lam: Sequence[float],
     normalize: bool,
+    average: float,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """The gradients (dx, dweight, dbias):
 
-    ds_l = dlogit (1/L + lam p_l (1 + T (s_l - A))) with p = softmax(T s), and p_l = [l is the first maximum] without
-    the factor in T for T = inf; dx = ds w; dw = ds x, through the norm: (dwn - wn <dwn, wn>) / |w|.
+    dx = ds w; dw = ds x, through the norm: (dwn - wn <dwn, wn>) / |w|; dbias = sum_b,l ds.
     """
-    s = _scores(x, weight, bias, normalize)
-    dlogits = dlogits.to(s.dtype)[:, :, None]
-    heads = []
-    for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
-        p = _attention(s_h, T)
-        if T < math.inf:
-            p = p * (1.0 + T * (s_h - (p * s_h).sum(-1, keepdim=True)))
-        heads.append(dlogits * (1.0 / s.shape[-1] + lam_h * p))
-    ds = torch.stack(heads) if heads else torch.zeros_like(s)
-    wn, norm = _normalized(weight, normalize)
-    dx = torch.einsum("hbcl,hcd->bld", ds.to(x.dtype), wn.to(x.dtype))
-    dw = torch.einsum("hbcl,bld->hcd", ds.to(x.dtype), x).to(wn.dtype)
-    if normalize:
-        dw = (dw - wn * (dw * wn).sum(-1, keepdim=True)) / norm
-    return dx, dw.to(weight.dtype), None if bias is None else ds.sum((1, 3)).to(bias.dtype)
+    dx = torch.zeros(x.shape, dtype=_accumulate(x.dtype), device=x.device)
+    dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    dbias = None if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    for c in _chunks(x, weight):
+        s = _scores(x, weight[:, c], None if bias is None else bias[:, c], normalize)
+        ds = _score_gradient(s, dlogits[:, c], temperatures, lam, average)
+        wn, norm = _normalized(weight[:, c], normalize)
+        dx = dx + torch.einsum("hbcl,hcd->bld", ds.to(x.dtype), wn.to(x.dtype))
+        dw = torch.einsum("hbcl,bld->hcd", ds.to(x.dtype), x).to(wn.dtype)
+        if normalize:
+            dw = (dw - wn * (dw * wn).sum(-1, keepdim=True)) / norm
+        dweight[:, c] = dw.to(weight.dtype)
+        if dbias is not None:
+            dbias[:, c] = ds.sum((1, 3)).to(dbias.dtype)
+    return dx.to(x.dtype), dweight, dbias
 
 
 def csra_attention(

@@ -22,8 +22,9 @@ _TEMPERATURES = {
 def _make_csra_pool(dims: Dims, dtype: torch.dtype, device: str, seed: int) -> Sample:
     B, L, D, H, C = dims["B"], dims["L"], dims["D"], dims["H"], dims["C"]
     draw = Draw(dtype, device, seed)
+    height = max(n for n in range(1, math.isqrt(L) + 1) if L % n == 0) if dims.get("map") else 0
     tensors: dict[str, Tensor | None] = {
-        "x": draw(B, L, D),
+        "x": draw(B, D, height, L // height) if height else draw(B, L, D),
         "weight": draw(H, C, D, scale=1.0 / math.sqrt(max(D, 1))),
         "bias": draw(H, C) if dims.get("bias", False) else None,
     }
@@ -31,6 +32,7 @@ def _make_csra_pool(dims: Dims, dtype: torch.dtype, device: str, seed: int) -> S
         "temperatures": dims.get("temperatures", _TEMPERATURES.get(H)),
         "lam": dims.get("lam", 0.3),
         "normalize": dims.get("normalize", True),
+        "average": dims.get("average", 1.0),
     }
     return Sample(csra_pool, tensors, options, draw(B, C))
 
@@ -66,6 +68,9 @@ CASE = OpCase(
         ),
         {"B": 2, "L": 9, "D": 8, "H": 2, "C": 5, "bias": True, "normalize": False, "lam": (0.2, 0.7)},
         {"B": 2, "L": 9, "D": 8, "H": 1, "C": 5, "bias": True, "normalize": True, "temperatures": (math.inf,)},
+        {"B": 3, "L": 12, "D": 8, "H": 2, "C": 5, "map": True, "bias": True},
+        {"B": 2, "L": 5, "D": 8, "H": 2, "C": 5, "average": 0.0, "lam": 1.0},
+        {"B": 2, "L": 5, "D": 8, "H": 1, "C": 5, "lam": 0.0, "bias": True, "normalize": False},
         {"B": 2, "L": 6, "D": 8, "H": 3, "C": 4, "normalize": False, "temperatures": (0.5, 99.0, math.inf)},
     ),
     model={"B": 2, "L": 49, "D": 2048, "H": 1, "C": 80},
