@@ -59,8 +59,9 @@ X86_FLAGS = {
 
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 GEMM = ["csrc/gemm_baseline.cpp", "csrc/gemm_plan.cpp", "csrc/isa.cpp", *(X86_FLAGS if IS_X86 else ())]
-CPU = Extension("mlhead._mlhead_cpu", [*GEMM, "csrc/group_fc_cpu.cpp"], py_limited_api=True)
-CUDA = Extension("mlhead._mlhead_cuda", ["csrc/group_fc.cu", "csrc/group_fc_cuda.cpp"], py_limited_api=True)
+CPU = Extension("mlhead._mlhead_cpu", [*GEMM, "csrc/group_fc_cpu.cpp", "csrc/csra_pool_cpu.cpp"], py_limited_api=True)
+CUDA_SOURCES = [f"csrc/{op}{end}" for op in ("group_fc", "csra_pool") for end in (".cu", "_cuda.cpp")]
+CUDA = Extension("mlhead._mlhead_cuda", CUDA_SOURCES, py_limited_api=True)
 TESTS = Extension("mlhead._C", [*GEMM, *(["csrc/gemm_wide.cpp"] if IS_X86 else []), "csrc/bindings.cpp"])
 
 

@@ -19,6 +19,7 @@
 #include <optional>
 
 #include "dtypes.h"
+#include "pool.h"
 
 namespace mlhead {
 
@@ -62,6 +63,12 @@ struct Kernels {
   // out[j] = sum_b x(b, j) for j < columns
   void (*column_sum[kDtypes])(const void* x, int64_t rows, int64_t columns, int64_t stride_row, int64_t stride_column,
                               void* out);
+  // The pooling of csra_pool over one image's scores in a few columns.
+  void (*pool[kDtypes])(const PoolTask& task);
+  void (*pool_backward[kDtypes])(const PoolTask& task);
+  // dw in the storage type of the weight, and in the accumulation type.
+  void (*unit_row_backward[kDtypes])(const UnitRowTask& task);
+  void (*unit_row_backward_accumulated[kDtypes])(const UnitRowTask& task);
 
   int64_t lanes(Dtype dtype) const { return vector_bytes / (dtype == Dtype::f64 ? 8 : 4); }
 };

@@ -16,6 +16,7 @@
 #include "gemm.h"
 #include "micro_kernel.h"
 #include "pack.h"
+#include "pool_kernels.h"
 
 namespace mlhead::MLHEAD_ISA {
 
@@ -268,6 +269,12 @@ inline constexpr Kernels kKernels = {
     MLHEAD_VECTOR_BYTES,
     {run_tile<float>, run_tile<double>, run_tile<Half>, run_tile<BFloat16>},
     {column_sum<float>, column_sum<double>, column_sum<Half>, column_sum<BFloat16>},
+    {pool<float>, pool<double>, pool<Half>, pool<BFloat16>},
+    {pool_backward<float>, pool_backward<double>, pool_backward<Half>, pool_backward<BFloat16>},
+    {unit_row_backward<float, float>, unit_row_backward<double, double>, unit_row_backward<Half, Half>,
+     unit_row_backward<BFloat16, BFloat16>},
+    {unit_row_backward<float, float>, unit_row_backward<double, double>, unit_row_backward<Half, float>,
+     unit_row_backward<BFloat16, float>},
 };
 
 }  // namespace mlhead::MLHEAD_ISA

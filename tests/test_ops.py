@@ -191,8 +191,10 @@ def test_offsets_past_2_to_the_31(case: OpCase, backend: str, device: str, dtype
             tensors[name] = _far_apart(tensors[name])
         dout = _far_apart(near.dout) if name == "dout" else near.dout
         results = Sample(near.function, tensors, near.options, dout).run(backend)
-        for key in expected:
-            assert torch.equal(results[key], expected[key]), (name, key)
+        for key in expected:  # other strides may take another product, which rounds elsewhere: by a bit or two of fp16
+            torch.testing.assert_close(
+                results[key], expected[key], rtol=2e-3, atol=2e-3, msg=lambda m, at=(name, key): f"{at}: {m}"
+            )
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)

@@ -9,8 +9,12 @@ import torch
 from torch import Tensor
 
 from .. import _check
+from .._backend import Implementation
 from ..reference import csra_pool as reference
+from ._csra_chunks import Chunked, ExtensionPooling
 from ._fused import FusedOp, autocast, is_autocasting
+
+_HALF = (torch.float16, torch.bfloat16)
 
 
 def _fake(
@@ -33,7 +37,10 @@ _csra_pool = FusedOp(
     reference=reference.csra_pool,
     reference_grad=reference.csra_pool_grad,
     fake=_fake,
-    implementations={},
+    implementations={
+        "cpp": Implementation(("cpu",), (torch.float32, torch.float64, *_HALF), lambda: Chunked(ExtensionPooling())),
+        "cuda": Implementation(("cuda",), (torch.float32, torch.float64, *_HALF), lambda: Chunked(ExtensionPooling())),
+    },
 )
 
 
@@ -141,7 +148,7 @@ def csra_attention(
     Args:
         x: Tokens (B, L, D) or a map (B, D, height, width), floating, L >= 1.
         weight: Classifiers (H, C, D).
-        classes: K class indices in [0, C), the same for all images.
+        classes: Class indices in [0, C): (K,) for all images, or (B, K) for each its own.
         temperatures: H numbers > 0; `math.inf` gives the one-hot of the first maximum.
         normalize: As in `csra_pool`.
 
@@ -157,12 +164,15 @@ def csra_attention(
     _check_weight("csra_attention", x, weight)
     T = _check_temperatures("csra_attention", temperatures, weight.shape[0])
     index = torch.as_tensor(classes)
-    _check.check_ndim("csra_attention", "classes", index, "(K,)")
-    C = weight.shape[1]
+    B, C = x.shape[0], weight.shape[1]
+    if index.ndim not in (1, 2) or (index.ndim == 2 and index.shape[0] != B):
+        _check.fail("csra_attention", "classes", f"(K,) or (B, K) with B = {B}", tuple(index.shape))
     if index.is_floating_point() or index.dtype == torch.bool:
         _check.fail("csra_attention", "classes", "integers", index.dtype, TypeError)
     # On a GPU reading the values would wait for the device; there torch's own assertion ends a wrong index.
     if index.device.type == "cpu" and index.numel() and not (0 <= index.min() and index.max() < C):
         _check.fail("csra_attention", "classes", f"in [0, C) = [0, {C})", index.tolist())
     index = index.to(weight.device, torch.long)
-    return reference.csra_attention(x, weight.index_select(1, index), None, T, normalize)
+    # (H, K, D), or (H, B, K, D): every image with the classifiers of its own classes.
+    chosen = weight.index_select(1, index.flatten()).unflatten(1, index.shape)
+    return reference.csra_attention(x, chosen, None, T, normalize)

@@ -108,7 +108,8 @@ def _score_gradient(
     for s_h, T, lam_h in zip(s, temperatures, lam, strict=True):
         p = _attention(s_h, T)
         if T < math.inf:
-            p = p * (1.0 + T * (s_h - (p * s_h).sum(-1, keepdim=True)))
+            below = s_h - s_h.amax(-1, keepdim=True)  # s - A without the bits that a common offset takes
+            p = p * (1.0 + T * (below - (p * below).sum(-1, keepdim=True)))
         heads.append(dlogits * (average / s.shape[-1] + lam_h * p))
     return torch.stack(heads) if heads else torch.zeros_like(s)
 
@@ -147,7 +148,14 @@ def csra_pool_grad(
 def csra_attention(
     x: Tensor, weight: Tensor, bias: Tensor | None, temperatures: Sequence[float], normalize: bool
 ) -> Tensor:
-    """p[b, h, c, l] = softmax_l(T_h s[h, b, c, :]) (CSRA Eq. 2), the one-hot of the first maximum for T = inf."""
-    s = _scores(x, weight, bias, normalize)
+    """p[b, h, c, l] = softmax_l(T_h s[h, b, c, :]) (CSRA Eq. 2), the one-hot of the first maximum for T = inf.
+
+    weight (H, C, D), or (H, B, C, D) for classes that differ between images, without a bias.
+    """
+    if weight.ndim == 3:
+        s = _scores(x, weight, bias, normalize)
+    else:
+        wn = _normalized(weight, normalize)[0].to(x.dtype)
+        s = torch.einsum("bld,hbcd->hbcl", x, wn).to(_accumulate(x.dtype))
     maps = [_attention(s_h, T) for s_h, T in zip(s, temperatures, strict=True)]
     return torch.stack(maps, 1).to(x.dtype)

@@ -1,0 +1,363 @@
+"""csra_pool a chunk at a time: matrix products by torch (the vendor's library), pooling by a kernel of the backend.
+
+The classifiers of all heads are one matrix of N = H C rows, column n = h C + c of the scores. A chunk is a range of
+images times a range of columns:
+
+    scores (images, L, columns) = x w^T             into a scratch of constant size, made for the cache
+    forward     pool each column over its L scores  -> pooled (B, N) fp32; the logits are its sum over the heads
+    backward    turn the scores into ds in place, then dx += ds w and dw += ds^T x
+
+so the (H, B, C, L) scores never exist whole. Everything about a head that is linear stays outside the products:
+a classifier's norm is a factor of its scores (`scale`), and of ds when it is stored. A bias shifts all scores of a class
+alike, which softmax does not see, so it adds (average + lam) bias and its gradient is the same multiple of sum_b dlogit.
+
+Where more than one chunk adds to dx or dw in 16 bits, the sum is kept in fp32 and rounded once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Options(NamedTuple):
+    """What csra_pool takes besides tensors, and C: column n belongs to head n div C."""
+
+    temperatures: tuple[float, ...]
+    lam: tuple[float, ...]
+    average: float
+    classes: int
+
+
+class Pooling(Protocol):
+    """The kernels of a backend. Scores are (b, L, n) raw products of the columns from `first` on."""
+
+    def pool(self, scores: Tensor, scale: Tensor | None, options: Options, first: int, pooled: Tensor) -> None:
+        """pooled[b, n] = average mean_l s + lam A(s), with s = scale[n] scores[b, :, n]."""
+
+    def pool_backward(
+        self,
+        scores: Tensor,
+        scale: Tensor | None,
+        options: Options,
+        first: int,
+        dlogits: Tensor,
+    ) -> None:
+        """scores <- scale ds in place, for dlogits (b, C)."""
+
+    def unit_rows_backward(self, dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -> None:
+        """dw <- dw - u <dw, u> in place with u = weight / norm; `divide` also divides the result by the norm."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the sizes of chunks are chosen by.
+
+    Args:
+        scratch_bytes: Size of the scores of a chunk.
+        flops: Rate of a large matrix product.
+        bandwidth: Bytes per second from memory.
+        launch_s: Seconds that a chunk costs besides.
+        half: Rows or columns at which a product reaches half of its rate.
+    """
+
+    scratch_bytes: int
+    flops: float
+    bandwidth: float
+    launch_s: float
+    half: int
+
+
+MACHINES = {
+    # Two cores of an AMD EPYC; at B=4 L=49 D=2048 C=9605 scratches of 2 to 16 MiB differ by less than 3 %.
+    "cpu": Machine(4 << 20, 170e9, 25e9, 20e-6, 24),
+    # An H100's published numbers (L2 of 50 MB); not yet measured on a GPU.
+    "cuda": Machine(24 << 20, 700e12, 3.0e12, 15e-6, 96),
+}
+
+
+class Plan(NamedTuple):
+    """The most images and columns of a chunk."""
+
+    images: int
+    columns: int
+
+
+@lru_cache(maxsize=1024)
+def plan_chunks(B: int, L: int, D: int, N: int, element_bytes: int, most_images: int, machine: Machine) -> Plan:
+    """The cheapest chunks whose scores fit the scratch.
+
+    Every range of columns reads x, and its product adds to dx; every range of images reads the weight, and adds to dw.
+    So the larger of the two matrices should be the one that is read once.
+    """
+
+    def seconds(plan: Plan) -> float:
+        ranges_n, ranges_b = math.ceil(N / plan.columns), math.ceil(B / plan.images)
+        rows = plan.images * L
+        rate = machine.flops * rows / (rows + machine.half) * plan.columns / (plan.columns + machine.half)
+        x, weight = B * L * D * element_bytes, N * D * element_bytes
+        # Read by three products; what is added to is read and written in fp32.
+        traffic = 3 * (x * ranges_n + weight * ranges_b)
+        traffic += 8 * B * L * D * (ranges_n if ranges_n > 1 else 0) + 8 * N * D * (ranges_b if ranges_b > 1 else 0)
+        return 6 * B * L * N * D / rate + traffic / machine.bandwidth + machine.launch_s * ranges_n * ranges_b
+
+    most = machine.scratch_bytes // element_bytes
+    found = []
+    for parts in sorted({*range(1, 33), *(round(32 * 1.25**i) for i in range(64))}):
+        columns = math.ceil(N / parts)
+        images = max(1, min(B, most_images, most // (L * columns)))
+        if images * L * columns <= most or columns == 1:
+            found.append(Plan(math.ceil(B / math.ceil(B / images)), columns))
+    # A single image's single column may be larger than the scratch: then that is the chunk.
+    return min(found or [Plan(1, 1)], key=seconds)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32, fp64 for fp64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _is_matrix(x: Tensor) -> bool:
+    """Whether all positions of all images (B, L, D) are the rows of one matrix."""
+    return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
+
+
+def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+    """total (+)= a b, in the dtype of `total`."""
+    if total.dtype == a.dtype:
+        torch.addmm(total, a, b, beta=0 if first else 1, out=total)
+    elif total.device.type == "cuda":
+        torch.addmm(total, a, b, total.dtype, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(torch.mm(a, b))
+    else:
+        total.add_(torch.mm(a, b))
+
+
+class Chunk(NamedTuple):
+    """A range of columns: the classifiers' rows, their `scale`, and for fp16 the normalised copy that is multiplied."""
+
+    first: int
+    weight: Tensor
+    rows: Tensor
+    scale: Tensor | None
+    norm: Tensor | None
+
+    @property
+    def columns(self) -> slice:
+        """Of the N columns."""
+        return slice(self.first, self.first + self.weight.shape[0])
+
+
+def _chunks(weight: Tensor, most: int, normalize: bool) -> Iterator[Chunk]:
+    H, C, D = weight.shape
+    if H == 1 or weight.stride(0) == C * weight.stride(1):
+        heads = [(0, weight.as_strided((H * C, D), weight.stride()[1:]))]
+    else:
+        heads = [(h * C, weight[h]) for h in range(H)]
+    for offset, matrix in heads:
+        for begin in range(0, matrix.shape[0], most):
+            part = matrix[begin : begin + most]
+            if not normalize:
+                yield Chunk(offset + begin, part, part, None, None)
+                continue
+            norm = torch.linalg.vector_norm(part, dim=1, dtype=accumulate_dtype(part.dtype))
+            norm = torch.where(norm == 0, 1.0, norm)
+            if part.dtype == torch.float16:  # a score before the division could pass 65504
+                yield Chunk(offset + begin, part, (part / norm[:, None]).to(part.dtype), None, norm)
+            else:
+                yield Chunk(offset + begin, part, part, norm.reciprocal(), norm)
+
+
+def _images(x: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
+    """Ranges of images. On a GPU the images of a map whose positions are no matrix rows are copied, a range at a time:
+    a product for each image would cost more than the copy."""
+    for begin in range(0, x.shape[0], most):
+        part = x[begin : begin + most]
+        copy = part.device.type == "cuda" and not _is_matrix(part)
+        yield slice(begin, begin + part.shape[0]), part.contiguous() if copy else part
+
+
+def _make_scores(x: Tensor, rows: Tensor, scratch: Tensor) -> Tensor:
+    """Scores (b, L, n) of some images and columns, in the scratch."""
+    b, L, D = x.shape
+    n = rows.shape[0]
+    scores = scratch[: b * L * n].view(b, L, n)
+    if _is_matrix(x):
+        torch.mm(x.as_strided((b * L, D), x.stride()[1:]), rows.t(), out=scores.view(b * L, n))
+    else:
+        torch.bmm(x, rows.t().expand(b, D, n), out=scores)
+    return scores
+
+
+def _plan(x: Tensor, weight: Tensor) -> tuple[Plan, Tensor]:
+    """The sizes of the chunks, and the scratch."""
+    (B, L, D), (H, C, _) = x.shape, weight.shape
+    machine = MACHINES["cuda" if x.device.type == "cuda" else "cpu"]
+    most_images = B
+    if x.device.type == "cuda" and not _is_matrix(x):
+        most_images = max(1, machine.scratch_bytes // max(1, L * D * x.element_size()))
+    plan = plan_chunks(B, L, max(D, 1), H * C, x.element_size(), most_images, machine)
+    columns = plan.columns if H == 1 or weight.stride(0) == C * weight.stride(1) else min(plan.columns, C)
+    return plan, x.new_empty(plan.images * L * columns)
+
+
+def finish_logits(pooled: Tensor, bias: Tensor | None, options: Options, dtype: torch.dtype) -> Tensor:
+    """Logits (B, C) of pooled scores (B, N): the sum over the heads, and the bias (H, C)."""
+    B, N = pooled.shape
+    H = len(options.lam)
+    logits = pooled if H == 1 else pooled.view(B, H, N // H).sum(1)
+    if bias is not None:
+        for lam, bias_h in zip(options.lam, bias, strict=True):
+            logits.add_(bias_h, alpha=options.average + lam)
+    return logits.to(dtype)
+
+
+def forward(
+    pooling: Pooling, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, normalize: bool
+) -> Tensor:
+    """Logits (B, C) of tokens x (B, L, D) and weight (H, C, D), of any strides."""
+    B, N = x.shape[0], weight.shape[0] * weight.shape[1]
+    if B == 0 or N == 0:
+        return x.new_zeros(B, weight.shape[1])
+    plan, scratch = _plan(x, weight)
+    pooled = x.new_empty(B, N, dtype=accumulate_dtype(x.dtype))
+    for images, part in _images(x, plan.images):
+        for chunk in _chunks(weight, plan.columns, normalize):
+            scores = _make_scores(part, chunk.rows, scratch)
+            pooling.pool(scores, chunk.scale, options, chunk.first, pooled[images, chunk.columns])
+    return finish_logits(pooled, bias, options, x.dtype)
+
+
+def backward(
+    pooling: Pooling,
+    dlogits: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    options: Options,
+    normalize: bool,
+    needs: Sequence[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients (dx, dweight, dbias), contiguous; those not needed are empty tensors."""
+    need_dx, need_dweight, need_dbias = needs
+    (B, L, D), (H, C, _) = x.shape, weight.shape
+    empty = dlogits.new_empty(0)
+    dbias = _bias_gradient(dlogits, options, x.dtype) if need_dbias else empty
+    if x.numel() == 0 or weight.numel() == 0 or not (need_dx or need_dweight):
+        return x.new_zeros(B, L, D) if need_dx else empty, weight.new_zeros(H, C, D) if need_dweight else empty, dbias
+
+    plan, scratch = _plan(x, weight)
+    accumulate = accumulate_dtype(x.dtype)
+    one_column_range = plan.columns >= H * C and (H == 1 or weight.stride(0) == C * weight.stride(1))
+    # A map that is no matrix of positions adds to dw image by image, or on a GPU a range of copied images at a time.
+    one_image_range = plan.images >= B and (_is_matrix(x) or x.device.type == "cuda")
+    dx = x.new_empty((B * L, D), dtype=x.dtype if one_column_range else accumulate) if need_dx else empty
+    dweight = x.new_empty(H * C, D) if need_dweight else empty
+    for chunk in _chunks(weight, plan.columns, normalize):
+        n = chunk.weight.shape[0]
+        dw = dweight[chunk.columns] if need_dweight else empty
+        total = dw if one_image_range or not need_dweight else dw.to(accumulate)
+        for images, part in _images(x, plan.images):
+            scores = _make_scores(part, chunk.rows, scratch)
+            pooling.pool_backward(scores, chunk.scale, options, chunk.first, dlogits[images])
+            ds = scores.view(-1, n)
+            if need_dx:
+                _add_product(dx[images.start * L : images.stop * L], ds, chunk.rows, chunk.first == 0)
+            if need_dweight and _is_matrix(part):
+                tokens = part.as_strided((ds.shape[0], D), part.stride()[1:])
+                _add_product(total, ds.t(), tokens, images.start == 0)
+            elif need_dweight:
+                for i in range(part.shape[0]):
+                    _add_product(total, scores[i].t(), part[i], images.start + i == 0)
+        if need_dweight and chunk.norm is not None:
+            # ds was divided by the norm with its scale; the copy of fp16 was divided itself.
+            pooling.unit_rows_backward(total, chunk.weight, chunk.norm, chunk.scale is None)
+        if total is not dw:
+            dw.copy_(total)
+    return dx.to(x.dtype).view(B, L, D) if need_dx else empty, dweight.view(H, C, D) if need_dweight else empty, dbias
+
+
+def _bias_gradient(dlogits: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
+    """dbias (H, C): sum_l ds = dlogit (average + lam), since sum_l p (1 + T (s - A)) = 1."""
+    total = dlogits.sum(0, dtype=accumulate_dtype(dtype))
+    return torch.stack([total * (options.average + lam) for lam in options.lam]).to(dtype)
+
+
+class Chunked:
+    """The launchers of csra_pool around a backend's two kernels."""
+
+    def __init__(self, pooling: Pooling) -> None:
+        self.pooling = pooling
+
+    def csra_pool(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperatures: Sequence[float],
+        lam: Sequence[float],
+        normalize: bool,
+        average: float,
+    ) -> Tensor:
+        """Logits (B, C)."""
+        options = Options(tuple(temperatures), tuple(lam), average, weight.shape[1])
+        return forward(self.pooling, x, weight, bias, options, normalize)
+
+    def csra_pool_backward(
+        self,
+        dlogits: Tensor,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        temperatures: Sequence[float],
+        lam: Sequence[float],
+        normalize: bool,
+        average: float,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients (dx, dweight, dbias)."""
+        options = Options(tuple(temperatures), tuple(lam), average, weight.shape[1])
+        return backward(self.pooling, dlogits, x, weight, bias, options, normalize, needs)
+
+
+@lru_cache(maxsize=256)
+def heads_on_cpu(options: Options) -> Tensor:
+    """Temperatures and lam as the (2, H) fp64 tensor that the extension's kernels take."""
+    return torch.tensor([options.temperatures, options.lam], dtype=torch.float64)
+
+
+class ExtensionPooling:
+    """The pooling kernels of the C++/CUDA extension."""
+
+    @staticmethod
+    def pool(scores: Tensor, scale: Tensor | None, options: Options, first: int, pooled: Tensor) -> None:
+        """As `Pooling.pool`."""
+        ops: Any = torch.ops.mlhead_C
+        heads = heads_on_cpu(options)
+        ops.csra_pool_scores.default(scores, scale, heads, options.classes, first, options.average, pooled)
+
+    @staticmethod
+    def pool_backward(
+        scores: Tensor,
+        scale: Tensor | None,
+        options: Options,
+        first: int,
+        dlogits: Tensor,
+    ) -> None:
+        """As `Pooling.pool_backward`."""
+        ops: Any = torch.ops.mlhead_C
+        heads = heads_on_cpu(options)
+        ops.csra_pool_scores_backward.default(scores, scale, heads, options.classes, first, options.average, dlogits)
+
+    @staticmethod
+    def unit_rows_backward(dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -> None:
+        """As `Pooling.unit_rows_backward`."""
+        ops: Any = torch.ops.mlhead_C
+        ops.csra_unit_rows_backward.default(dw, weight, norm, divide)
