@@ -8,8 +8,8 @@ images times a range of columns:
     backward    turn the scores into ds in place, then dx += ds w and dw += ds^T x
 
 so the (H, B, C, L) scores never exist whole. Everything about a head that is linear stays outside the products:
-a classifier's norm is a factor of its scores (`scale`), and of ds when it is stored. A bias shifts all scores of a class
-alike, which softmax does not see, so it adds (average + lam) bias and its gradient is the same multiple of sum_b dlogit.
+a classifier's norm divides its scores (`scale`), and ds when it is stored. A bias shifts all the scores of a class
+alike, which softmax does not see, so it adds (average + lam) bias, and its gradient is that multiple of sum_b dlogit.
 
 Where more than one chunk adds to dx or dw in 16 bits, the sum is kept in fp32 and rounded once.
 """
@@ -49,10 +49,10 @@ class Pooling(Protocol):
         first: int,
         dlogits: Tensor,
     ) -> None:
-        """scores <- scale ds in place, for dlogits (b, C)."""
+        """Scores become scale ds in place, for dlogits (b, C)."""
 
     def unit_rows_backward(self, dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -> None:
-        """dw <- dw - u <dw, u> in place with u = weight / norm; `divide` also divides the result by the norm."""
+        """Subtracts u <dw, u> from dw in place, with u = weight / norm; `divide` also divides the result by the norm."""
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def _is_matrix(x: Tensor) -> bool:
 
 
 def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """total (+)= a b, in the dtype of `total`."""
+    """Adds a b to `total` in its dtype, or sets it to that if it is the first."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
     elif total.device.type == "cuda":
@@ -177,7 +177,8 @@ def _chunks(weight: Tensor, most: int, normalize: bool) -> Iterator[Chunk]:
 
 def _images(x: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
     """Ranges of images. On a GPU the images of a map whose positions are no matrix rows are copied, a range at a time:
-    a product for each image would cost more than the copy."""
+    a product for each image would cost more than the copy.
+    """
     for begin in range(0, x.shape[0], most):
         part = x[begin : begin + most]
         copy = part.device.type == "cuda" and not _is_matrix(part)
@@ -285,7 +286,7 @@ def backward(
 
 
 def _bias_gradient(dlogits: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
-    """dbias (H, C): sum_l ds = dlogit (average + lam), since sum_l p (1 + T (s - A)) = 1."""
+    """The gradient of the bias (H, C): sum_l ds = dlogit (average + lam), since sum_l p (1 + T (s - A)) = 1."""
     total = dlogits.sum(0, dtype=accumulate_dtype(dtype))
     return torch.stack([total * (options.average + lam) for lam in options.lam]).to(dtype)
 

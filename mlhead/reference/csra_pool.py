@@ -12,7 +12,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-
 _CHUNK = 1 << 21  # scores that exist at a time
 
 
@@ -98,7 +97,7 @@ def csra_pool(
 def _score_gradient(
     s: Tensor, dlogits: Tensor, temperatures: Sequence[float], lam: Sequence[float], average: float
 ) -> Tensor:
-    """ds (H, B, C, L) for dlogits (B, C):
+    """The gradient ds (H, B, C, L) of the scores for dlogits (B, C):
 
     ds_l = dlogit (average / L + lam p_l (1 + T (s_l - A))) with p = softmax(T s), and p_l = [l is the first maximum]
     without the factor in T for T = inf.
