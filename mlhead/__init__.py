@@ -10,8 +10,8 @@ if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "__init__.py
 
 from . import losses  # noqa: E402
 from ._backend import BackendError, backend, record_backends  # noqa: E402
-from .backbones import attach_head  # noqa: E402
-from .heads import CSRAHead, GAPHead, MLDecoder, TransformerDecoder  # noqa: E402
+from .backbones import attach_head, with_max_score  # noqa: E402
+from .heads import CSRAHead, GAPHead, MLDecoder, TransformerDecoder, plain_max_score  # noqa: E402
 from .ops import (  # noqa: E402
     csra_attention,
     csra_pool,
@@ -35,7 +35,9 @@ __all__ = [
     "decompositions",
     "group_fc",
     "losses",
+    "plain_max_score",
     "query_attention",
     "query_attention_weights",
     "record_backends",
+    "with_max_score",
 ]

@@ -121,11 +121,14 @@ def panel_grid(
     columns = max(len(row) for row in rows)
     left = 1.1 if row_names else 0.1
     top = 0.45 if title else 0.1
-    figure = _figure(left + 1.75 * columns + 0.1, top + 1.98 * len(rows) + 0.1)
+    # Every row as high as its pictures, so that wide ones stand as close as square ones.
+    shapes = [[panel.picture.shape for panel in row if panel is not None] for row in rows]
+    tall = [1.75 * min(max((shape[0] / shape[1] for shape in row), default=1.0), 2.0) for row in shapes]
+    figure = _figure(left + 1.75 * columns + 0.1, top + sum(tall) + 0.23 * len(rows) + 0.1)
     width, height = figure.get_size_inches()
     grid = figure.add_gridspec(
         len(rows), columns, left=left / width, right=1 - 0.1 / width, top=1 - (top + 0.23) / height,
-        bottom=0.08 / height, wspace=0.06, hspace=0.2,
+        bottom=0.08 / height, wspace=0.06, hspace=0.23 * len(rows) / sum(tall), height_ratios=tall,
     )  # fmt: skip
     if title:
         figure.suptitle(title, x=0.12 / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=11, color=INK)

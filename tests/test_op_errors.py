@@ -57,7 +57,13 @@ CASES: list[tuple[Any, tuple, dict, type[Exception], str]] = [
     (csra_pool, (X, M), {**TWO, "lam": (1, 2, 3)}, ValueError, "lam must be one number, or one per head"),
     (csra_pool, (X, M), {**TWO, "lam": math.nan}, ValueError, "lam must be finite"),
     (csra_pool, (X, M, torch.zeros(5)), TWO, ValueError, r"bias must be \(H, C\) = \(2, 5\), got \(5,\)"),
-    (csra_attention, (X, M, [[0]]), {"temperatures": (1, 2)}, ValueError, r"classes must be \(K,\), got \(1, 1\)"),
+    (
+        csra_attention,
+        (X, M, [[0]]),
+        {"temperatures": (1, 2)},
+        ValueError,
+        r"classes must be \(K,\) or \(B, K\) with B = 2, got \(1, 1\)",
+    ),
     (
         csra_attention,
         (X, M, [5]),

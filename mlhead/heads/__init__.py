@@ -3,6 +3,7 @@
 from ._base import Head
 from .csra import CSRAHead
 from .gap import GAPHead
+from .max_score import plain_max_score
 from .ml_decoder import MLDecoder
 from .transformer_decoder import TransformerDecoder
 
@@ -14,4 +15,4 @@ HEADS: dict[str, type[Head]] = {
     "transformer_decoder": TransformerDecoder,
 }
 
-__all__ = ["HEADS", "CSRAHead", "GAPHead", "Head", "MLDecoder", "TransformerDecoder"]
+__all__ = ["HEADS", "CSRAHead", "GAPHead", "Head", "MLDecoder", "TransformerDecoder", "plain_max_score"]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..ops import csra_attention, csra_pool
-from ._base import Head, as_tokens, factory, linear_init
+from ._base import Head, factory, linear_init
 
 # Temperatures by number of heads; the paper's last head always takes the maximum.
 TEMPERATURES: dict[int, tuple[float, ...]] = {
@@ -20,6 +20,9 @@ TEMPERATURES: dict[int, tuple[float, ...]] = {
     6: (1.0, 2.0, 3.0, 4.0, 5.0, math.inf),
     8: (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, math.inf),
 }
+
+# What the logits are made of: the mean of the scores and their attention-weighted mean, or one of the two.
+POOLINGS = ("both", "average", "spatial")
 
 
 class CSRAHead(Head):
@@ -34,8 +37,11 @@ class CSRAHead(Head):
         num_heads: H, each with its own classifier and temperature. By default the number of temperatures, or 1.
         temperatures: H numbers above 0, `math.inf` for the maximum. By default the paper's for 1, 2, 4, 6, 8 heads.
         lam: Weight of the attention, one number or one per head.
-        normalize: Whether each class's weight is divided by its norm.
-        bias: Whether there is a bias; it counts 1 + lam times in each head.
+        pooling: "both"; or one term alone, as in the paper's Table 6: "average", where lam counts for nothing, or
+            "spatial", lam times the attention.
+        normalize: Whether each class's weight is divided by its norm: for faster convergence, says the paper, with
+            little influence on the result (Table 8). A class whose weight is 0 has the logit 0, but for the bias.
+        bias: Whether there is a bias; it counts 1 + lam times in each head ("average": once, "spatial": lam times).
         prior: Probability of every class at the start, see `Head`; needs a bias.
         device: Of the parameters.
         dtype: Of the parameters.
@@ -44,7 +50,7 @@ class CSRAHead(Head):
     checkpoints, without the two axes of length 1.
 
     Source:
-        CSRA, Eq. 2-8 and 13, section 3.4.
+        CSRA, Eq. 2-8 and 13, section 3.4; Tables 6 and 8.
     """
 
     def __init__(
@@ -55,6 +61,7 @@ class CSRAHead(Head):
         num_heads: int | None = None,
         temperatures: Sequence[float] | None = None,
         lam: float | Sequence[float] = 0.1,
+        pooling: str = "both",
         normalize: bool = True,
         bias: bool = False,
         prior: float | None = None,
@@ -67,6 +74,12 @@ class CSRAHead(Head):
         self.lam: float | tuple[float, ...] = float(lam) if isinstance(lam, (int, float)) else tuple(map(float, lam))
         if isinstance(self.lam, tuple) and len(self.lam) != H:
             _check.fail("CSRAHead", "lam", f"a number or {H} numbers, one per head", lam)
+        if not all(map(math.isfinite, self._lams())):
+            _check.fail("CSRAHead", "lam", "finite", lam)
+        _check.check_choice("CSRAHead", "pooling", pooling, POOLINGS)
+        if pooling == "spatial" and not any(self._lams()):
+            _check.fail("CSRAHead", "lam", "other than 0 for pooling='spatial', which has no other term", lam)
+        self.pooling = pooling
         if prior is not None and not bias:
             _check.fail("CSRAHead", "bias", "True for a prior", bias)
         self.normalize = normalize
@@ -76,7 +89,7 @@ class CSRAHead(Head):
 
     @classmethod
     def from_linear(
-        cls, linear: nn.Linear | nn.Conv2d, *, lam: float = 0.2, temperatures: Sequence[float] = (math.inf,)
+        cls, linear: nn.Linear | nn.Conv2d, *, lam: float | Sequence[float], temperatures: Sequence[float] = (math.inf,)
     ) -> CSRAHead:
         """A head around a classifier trained with average pooling; better without any further training.
 
@@ -84,28 +97,28 @@ class CSRAHead(Head):
 
         Args:
             linear: The trained classifier, Linear or 1x1 Conv2d; its parameters are copied.
-            lam: The paper's fixed value is 0.02 for ResNets and 0.2 for all other models.
+            lam: The paper's fixed value is 0.02 for ResNets and 0.2 for all other models; a classifier alone does not
+                say which of them it belongs to. `with_max_score` takes it from the model.
             temperatures: The same classifier serves all of them.
 
         Source:
             CSRA, Fig. 1 and Table 1.
         """
-        C, D = linear.weight.shape[:2]
-        if linear.weight.numel() != C * D:
-            _check.fail("CSRAHead", "linear", "a Linear or a 1x1 Conv2d", f"a weight {tuple(linear.weight.shape)}")
+        weight, bias = linear_parameters("CSRAHead", "linear", linear)
+        C, D = weight.shape
         head = cls(
             D,
             C,
             temperatures=temperatures,
             lam=lam,
             normalize=False,
-            bias=linear.bias is not None,
-            **factory(linear.weight),
+            bias=bias is not None,
+            **factory(weight),
         )
         with torch.no_grad():
-            head.weight.copy_(linear.weight.reshape(C, D))
-            if head.bias is not None and linear.bias is not None:
-                head.bias.copy_(linear.bias)
+            head.weight.copy_(weight)
+            if head.bias is not None and bias is not None:
+                head.bias.copy_(bias)
         return head
 
     def reset_parameters(self) -> None:
@@ -123,9 +136,22 @@ class CSRAHead(Head):
             self.bias = nn.Parameter(weight.new_empty(self.num_heads, num_classes))
         self.reset_parameters()
 
+    def _lams(self) -> tuple[float, ...]:
+        return self.lam if isinstance(self.lam, tuple) else (self.lam,) * self.num_heads
+
+    def _terms(self) -> tuple[float, float | tuple[float, ...]]:
+        """The weights of the mean and of the attention, as the op takes them."""
+        return float(self.pooling != "spatial"), 0.0 if self.pooling == "average" else self.lam
+
     def _bias_and_gain(self) -> tuple[Tensor | None, float]:
-        lams = self.lam if isinstance(self.lam, tuple) else (self.lam,) * self.num_heads
-        return self.bias, sum(1.0 + lam for lam in lams)
+        average, _ = self._terms()
+        return self.bias, sum(average + (0.0 if self.pooling == "average" else lam) for lam in self._lams())
+
+    def set_prior(self, prior: float | Tensor) -> None:
+        """As of `Head`; impossible where the weights of a bias in the logits add up to 0."""
+        if self._bias_and_gain()[1] == 0:
+            _check.fail("CSRAHead", "lam", "such that a bias counts in the logits, for a prior", self.lam)
+        super().set_prior(prior)
 
     def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, C) of maps (B, D, H, W) or tokens (B, L, D), which are read where they lie.
@@ -136,13 +162,15 @@ class CSRAHead(Head):
         self._check_features(features, self.weight)
         if pre_logits:
             return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+        average, lam = self._terms()
         return csra_pool(
             features,
             self.weight,
             self.bias,
             temperatures=self.temperatures,
-            lam=self.lam,
+            lam=lam,
             normalize=self.normalize,
+            average=average,
         )
 
     def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
@@ -153,29 +181,41 @@ class CSRAHead(Head):
             classes: Class indices, (K,) for all images or (B, K) for each its own.
 
         Returns:
-            (B, K, L), at least 0, each row of sum 1; a head with T = inf puts 1 on the first maximal position.
+            (B, K, L), at least 0, each row of sum 1; a head with T = inf puts 1 on the first maximal position. It is
+            the same for every `pooling`, so for "average" it is where the class would look. To lay it over an image:
+            `mlhead.visualize.heat_maps`.
 
         Source:
             CSRA, Eq. 2, Fig. 4.
         """
         self._check_features(features, self.weight)
         indices = self._check_classes(classes, features)
-        shared = indices.ndim == 1
-        pairs = [(features, indices)] if shared else list(zip(features.split(1), indices, strict=True))
-        maps = [
-            csra_attention(x, self.weight, c, temperatures=self.temperatures, normalize=self.normalize)
-            for x, c in pairs
-        ]
-        return (
-            torch.cat(maps).mean(1) if maps else features.new_empty(0, indices.shape[1], as_tokens(features).shape[1])
-        )
+        maps = csra_attention(features, self.weight, indices, temperatures=self.temperatures, normalize=self.normalize)
+        return maps.mean(1)
 
     def extra_repr(self) -> str:
         """What the printed module shows."""
         return (
             f"in_features={self.in_features}, num_classes={self.num_classes}, temperatures={self.temperatures}, "
-            f"lam={self.lam}, normalize={self.normalize}, bias={self.bias is not None}"
+            f"lam={self.lam}, pooling={self.pooling!r}, normalize={self.normalize}, bias={self.bias is not None}"
         )
+
+
+def linear_parameters(where: str, argument: str, linear: object) -> tuple[Tensor, Tensor | None]:
+    """Weight (C, D) and bias (C) or None of a linear classifier.
+
+    Raises:
+        TypeError: It is neither a Linear nor a 1x1 Conv2d of one group.
+    """
+    plain = isinstance(linear, nn.Linear)
+    if isinstance(linear, nn.Conv2d):
+        plain = linear.kernel_size == (1, 1) and linear.groups == 1
+    if not plain:
+        kind = type(linear).__name__
+        got = f"{kind} {tuple(linear.weight.shape)}" if isinstance(linear, nn.Conv2d) else kind
+        _check.fail(where, argument, "an nn.Linear or a 1x1 nn.Conv2d", got, TypeError)
+    assert isinstance(linear, (nn.Linear, nn.Conv2d))
+    return linear.weight.flatten(1), linear.bias
 
 
 def _temperatures(num_heads: int | None, temperatures: Sequence[float] | None) -> tuple[float, ...]:
