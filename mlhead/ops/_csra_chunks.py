@@ -52,7 +52,13 @@ class Pooling(Protocol):
         """Scores become scale ds in place, for dlogits (b, C)."""
 
     def unit_rows_backward(self, dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -> None:
-        """Subtracts u <dw, u> from dw in place, with u = weight / norm; `divide` also divides the result by the norm."""
+        """Subtracts u <dw, u> from dw in place, with u = weight / norm; `divide` also divides that by the norm."""
+
+    def fuses(self, x: Tensor, columns: int, chunks: int) -> bool:
+        """Whether the backend has a kernel that pools without a scratch, cheaper than `chunks` chunks."""
+
+    def fused(self, x: Tensor, weight: Tensor, scale: Tensor | None, options: Options, pooled: Tensor) -> None:
+        """Pools all scores of x (B, L, D) and weight (H, C, D) into pooled (B, N)."""
 
 
 @dataclass(frozen=True)
@@ -157,7 +163,7 @@ class Chunk(NamedTuple):
 
 def _chunks(weight: Tensor, most: int, normalize: bool) -> Iterator[Chunk]:
     H, C, D = weight.shape
-    if H == 1 or weight.stride(0) == C * weight.stride(1):
+    if _is_rows(weight):
         heads = [(0, weight.as_strided((H * C, D), weight.stride()[1:]))]
     else:
         heads = [(h * C, weight[h]) for h in range(H)]
@@ -167,8 +173,7 @@ def _chunks(weight: Tensor, most: int, normalize: bool) -> Iterator[Chunk]:
             if not normalize:
                 yield Chunk(offset + begin, part, part, None, None)
                 continue
-            norm = torch.linalg.vector_norm(part, dim=1, dtype=accumulate_dtype(part.dtype))
-            norm = torch.where(norm == 0, 1.0, norm)
+            norm = _norms(part)
             if part.dtype == torch.float16:  # a score before the division could pass 65504
                 yield Chunk(offset + begin, part, (part / norm[:, None]).to(part.dtype), None, norm)
             else:
@@ -197,16 +202,25 @@ def _make_scores(x: Tensor, rows: Tensor, scratch: Tensor) -> Tensor:
     return scores
 
 
-def _plan(x: Tensor, weight: Tensor) -> tuple[Plan, Tensor]:
-    """The sizes of the chunks, and the scratch."""
+def _is_rows(weight: Tensor) -> bool:
+    """Whether the classifiers (H, C, D) of all heads are the rows of one matrix."""
+    return weight.shape[0] == 1 or weight.stride(0) == weight.shape[1] * weight.stride(1)
+
+
+def _plan(x: Tensor, weight: Tensor) -> Plan:
     (B, L, D), (H, C, _) = x.shape, weight.shape
     machine = MACHINES["cuda" if x.device.type == "cuda" else "cpu"]
     most_images = B
     if x.device.type == "cuda" and not _is_matrix(x):
         most_images = max(1, machine.scratch_bytes // max(1, L * D * x.element_size()))
     plan = plan_chunks(B, L, max(D, 1), H * C, x.element_size(), most_images, machine)
-    columns = plan.columns if H == 1 or weight.stride(0) == C * weight.stride(1) else min(plan.columns, C)
-    return plan, x.new_empty(plan.images * L * columns)
+    return plan if _is_rows(weight) else Plan(plan.images, min(plan.columns, C))
+
+
+def _norms(weight: Tensor) -> Tensor:
+    """The norms of the last axis in the accumulation dtype, 1 where 0: a classifier of zeros stays zeros."""
+    norm = torch.linalg.vector_norm(weight, dim=-1, dtype=accumulate_dtype(weight.dtype))
+    return torch.where(norm == 0, 1.0, norm)
 
 
 def finish_logits(pooled: Tensor, bias: Tensor | None, options: Options, dtype: torch.dtype) -> Tensor:
@@ -227,8 +241,13 @@ def forward(
     B, N = x.shape[0], weight.shape[0] * weight.shape[1]
     if B == 0 or N == 0:
         return x.new_zeros(B, weight.shape[1])
-    plan, scratch = _plan(x, weight)
     pooled = x.new_empty(B, N, dtype=accumulate_dtype(x.dtype))
+    plan = _plan(x, weight)
+    if pooling.fuses(x, N, math.ceil(B / plan.images) * math.ceil(N / plan.columns)):
+        scale = _norms(weight).reciprocal().view(N) if normalize else None
+        pooling.fused(x, weight, scale, options, pooled)
+        return finish_logits(pooled, bias, options, x.dtype)
+    scratch = x.new_empty(plan.images * x.shape[1] * plan.columns)
     for images, part in _images(x, plan.images):
         for chunk in _chunks(weight, plan.columns, normalize):
             scores = _make_scores(part, chunk.rows, scratch)
@@ -254,9 +273,10 @@ def backward(
     if x.numel() == 0 or weight.numel() == 0 or not (need_dx or need_dweight):
         return x.new_zeros(B, L, D) if need_dx else empty, weight.new_zeros(H, C, D) if need_dweight else empty, dbias
 
-    plan, scratch = _plan(x, weight)
+    plan = _plan(x, weight)
+    scratch = x.new_empty(plan.images * L * plan.columns)
     accumulate = accumulate_dtype(x.dtype)
-    one_column_range = plan.columns >= H * C and (H == 1 or weight.stride(0) == C * weight.stride(1))
+    one_column_range = plan.columns >= H * C
     # A map that is no matrix of positions adds to dw image by image, or on a GPU a range of copied images at a time.
     one_image_range = plan.images >= B and (_is_matrix(x) or x.device.type == "cuda")
     dx = x.new_empty((B * L, D), dtype=x.dtype if one_column_range else accumulate) if need_dx else empty
@@ -334,8 +354,47 @@ def heads_on_cpu(options: Options) -> Tensor:
     return torch.tensor([options.temperatures, options.lam], dtype=torch.float64)
 
 
+class TritonPooling:
+    """The kernels of kernels/csra_pool.py, which is given as a module."""
+
+    def __init__(self, kernels: Any) -> None:
+        self.kernels = kernels
+
+    def pool(self, scores: Tensor, scale: Tensor | None, options: Options, first: int, pooled: Tensor) -> None:
+        """As `Pooling.pool`."""
+        self.kernels.pool(scores, scale, *options, first, pooled)
+
+    def pool_backward(
+        self, scores: Tensor, scale: Tensor | None, options: Options, first: int, dlogits: Tensor
+    ) -> None:
+        """As `Pooling.pool_backward`."""
+        self.kernels.pool_backward(scores, scale, *options, first, dlogits)
+
+    def unit_rows_backward(self, dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -> None:
+        """As `Pooling.unit_rows_backward`."""
+        self.kernels.unit_rows_backward(dw, weight, norm, divide)
+
+    def fuses(self, x: Tensor, columns: int, chunks: int) -> bool:
+        """As `Pooling.fuses`."""
+        return self.kernels.forward_design(*x.shape, columns, x.element_size(), chunks) == "fused"
+
+    def fused(self, x: Tensor, weight: Tensor, scale: Tensor | None, options: Options, pooled: Tensor) -> None:
+        """As `Pooling.fused`."""
+        self.kernels.fused_forward(x, weight, scale, options.temperatures, options.lam, options.average, pooled)
+
+
 class ExtensionPooling:
     """The pooling kernels of the C++/CUDA extension."""
+
+    @staticmethod
+    def fuses(x: Tensor, columns: int, chunks: int) -> bool:
+        """As `Pooling.fuses`: it has none."""
+        return False
+
+    @staticmethod
+    def fused(x: Tensor, weight: Tensor, scale: Tensor | None, options: Options, pooled: Tensor) -> None:
+        """Never called."""
+        raise NotImplementedError
 
     @staticmethod
     def pool(scores: Tensor, scale: Tensor | None, options: Options, first: int, pooled: Tensor) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .. import _check
 from .._backend import Implementation
 from ..reference import csra_pool as reference
-from ._csra_chunks import Chunked, ExtensionPooling
+from ._csra_chunks import Chunked, ExtensionPooling, TritonPooling
 from ._fused import FusedOp, autocast, is_autocasting
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -29,6 +29,12 @@ def _fake(
     return x.new_empty(x.shape[0], weight.shape[1])
 
 
+def _load_triton() -> Chunked:
+    from ..kernels import csra_pool
+
+    return Chunked(TritonPooling(csra_pool))
+
+
 _csra_pool = FusedOp(
     "csra_pool",
     "Tensor x, Tensor weight, Tensor? bias, float[] temperatures, float[] lam, bool normalize, float average",
@@ -38,6 +44,7 @@ _csra_pool = FusedOp(
     reference_grad=reference.csra_pool_grad,
     fake=_fake,
     implementations={
+        "triton": Implementation(("cuda",), (torch.float32, *_HALF), _load_triton),
         "cpp": Implementation(("cpu",), (torch.float32, torch.float64, *_HALF), lambda: Chunked(ExtensionPooling())),
         "cuda": Implementation(("cuda",), (torch.float32, torch.float64, *_HALF), lambda: Chunked(ExtensionPooling())),
     },
