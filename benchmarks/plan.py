@@ -17,11 +17,15 @@ from mlhead.testing import CASES, OpCase
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16, "fp64": torch.float64}
 # The most important first: where time runs out, the rest is not reached.
 ORDER = ("openimages", "million", "small", "imagenet", "coco", "3-million", "coco-vit", "voc")
-# Beside the workloads of the cases: the shape that the speed on a CPU is promised for.
+# Beside the workloads of the cases: the shapes that the speed on a CPU is promised for.
 CPU_WORKLOADS: dict[str, dict[str, Mapping[str, Any]]] = {
-    "group_fc": {"openimages-64": {"B": 64, "G": 100, "E": 768, "C": 9605}}
+    "group_fc": {"openimages-64": {"B": 64, "G": 100, "E": 768, "C": 9605}},
+    "csra_pool": {
+        "coco-8": {"B": 8, "L": 196, "D": 2048, "H": 6, "C": 80, "map": True},
+        "openimages-4": {"B": 4, "L": 49, "D": 2048, "H": 1, "C": 9605, "map": True},
+    },
 }
-QUICK = {"group_fc": ("openimages-64", "small")}
+QUICK = {"group_fc": ("openimages-64", "small"), "csra_pool": ("coco-8", "small")}
 CPU_FLOPS = {False: 30e9, True: 6e9}
 CPU_ELEMENTS = 1 << 26
 # What is larger is verified at fewer classes, and at its own size against plain torch.

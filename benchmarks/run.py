@@ -27,6 +27,7 @@ from torch import Tensor
 
 from mlhead import _backend
 from mlhead._progress import duration
+from mlhead.ops._csra_chunks import forward_design
 from mlhead.testing import CASES, Sample
 
 from . import limits, machine, report
@@ -34,6 +35,16 @@ from .baselines import baselines
 from .plan import DTYPES, VERIFIED_ELEMENTS, Group, elements, groups, shrink
 from .records import Row, append_rows, read_rows
 from .verify import Provider, Verdict, agree, attempt, calls, verify
+
+
+def in_design(design: str, call: Provider) -> Provider:
+    """The Triton form of csra_pool with one of its two forwards, to see where each wins."""
+
+    def forced(**arguments: Any) -> Tensor:
+        with forward_design(design):
+            return call(**arguments)
+
+    return forced
 
 
 def providers_of(group: Group, device: str, backends: list[str] | None, modes: tuple[str, ...]) -> dict[str, Provider]:
@@ -50,6 +61,8 @@ def providers_of(group: Group, device: str, backends: list[str] | None, modes: t
                 return group.case.function(**arguments, backend=name)
 
             found[f"mlhead: {name}"] = call
+            if (group.op, name) == ("csra_pool", "triton"):
+                found |= {f"mlhead: {name}, {design}": in_design(design, call) for design in ("fused", "chunked")}
     return {**found, **baselines(group.op, device, modes)}
 
 

@@ -18,6 +18,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple, Protocol
@@ -354,6 +356,19 @@ def heads_on_cpu(options: Options) -> Tensor:
     return torch.tensor([options.temperatures, options.lam], dtype=torch.float64)
 
 
+_design: ContextVar[str | None] = ContextVar("mlhead_csra_design", default=None)
+
+
+@contextmanager
+def forward_design(name: str) -> Iterator[None]:
+    """Makes the Triton forward take one of its designs, "fused" or "chunked", whatever the costs say; for measuring."""
+    token = _design.set(name)
+    try:
+        yield
+    finally:
+        _design.reset(token)
+
+
 class TritonPooling:
     """The kernels of kernels/csra_pool.py, which is given as a module."""
 
@@ -376,7 +391,8 @@ class TritonPooling:
 
     def fuses(self, x: Tensor, columns: int, chunks: int) -> bool:
         """As `Pooling.fuses`."""
-        return self.kernels.forward_design(*x.shape, columns, x.element_size(), chunks) == "fused"
+        design = _design.get() or self.kernels.forward_design(*x.shape, columns, x.element_size(), chunks)
+        return design == "fused"
 
     def fused(self, x: Tensor, weight: Tensor, scale: Tensor | None, options: Options, pooled: Tensor) -> None:
         """As `Pooling.fused`."""

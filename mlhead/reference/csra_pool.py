@@ -16,10 +16,10 @@ _CHUNK = 1 << 21  # scores that exist at a time
 
 
 def _chunks(x: Tensor, weight: Tensor) -> list[slice]:
-    """The classes in slices whose scores number at most _CHUNK; all at once where a tracer runs with symbolic sizes."""
+    """The classes in slices whose scores number at most _CHUNK; all at once under torch.func and symbolic sizes."""
     H, C = weight.shape[:2]
     per_class = x.shape[0] * x.shape[1] * H
-    if not all(type(n) is int for n in (per_class, C)):
+    if not all(type(n) is int for n in (per_class, C)) or torch._C._functorch.maybe_current_level() is not None:
         return [slice(0, C)]
     step = max(1, _CHUNK // max(1, per_class))
     return [slice(c, min(c + step, C)) for c in range(0, C, step)] or [slice(0, 0)]
@@ -87,11 +87,14 @@ def csra_pool(
     A_T(s) = sum_l softmax_l(T s)_l s_l and A_inf(s) = max_l s_l.
     x (B, L, D), weight (H, C, D), bias (H, C) or None, temperatures and lam: H numbers each -> logits (B, C).
     """
-    parts = []
-    for c in _chunks(x, weight):
+    chunks = _chunks(x, weight)
+    if len(chunks) == 1:
+        return _pool(_scores(x, weight, bias, normalize), temperatures, lam, average).to(x.dtype)
+    logits = x.new_empty(x.shape[0], weight.shape[1])
+    for c in chunks:
         s = _scores(x, weight[:, c], None if bias is None else bias[:, c], normalize)
-        parts.append(_pool(s, temperatures, lam, average).to(x.dtype))
-    return torch.cat(parts, 1)
+        logits[:, c] = _pool(s, temperatures, lam, average).to(x.dtype)
+    return logits
 
 
 def _score_gradient(
@@ -134,7 +137,7 @@ def csra_pool_grad(
         s = _scores(x, weight[:, c], None if bias is None else bias[:, c], normalize)
         ds = _score_gradient(s, dlogits[:, c], temperatures, lam, average)
         wn, norm = _normalized(weight[:, c], normalize)
-        dx = dx + torch.einsum("hbcl,hcd->bld", ds.to(x.dtype), wn.to(x.dtype))
+        dx += torch.einsum("hbcl,hcd->bld", ds.to(x.dtype), wn.to(x.dtype))
         dw = torch.einsum("hbcl,bld->hcd", ds.to(x.dtype), x).to(wn.dtype)
         if normalize:
             dw = (dw - wn * (dw * wn).sum(-1, keepdim=True)) / norm
