@@ -1,38 +1,11 @@
 // The CUDA form of group_fc: checks, outputs and workspaces on the stable ABI; the kernels are in group_fc.cu.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
-
 #include "build_info.h"
+#include "cuda_device.h"
 #include "group_fc.h"
 #include "group_fc_checks.h"
 
 namespace mlhead {
 namespace {
-
-using torch::stable::accelerator::DeviceGuard;
-
-// The device of a call, made current while it lasts, with its current stream.
-class Device {
- public:
-  explicit Device(const Tensor& t) : guard_(t.get_device_index()) {
-    void* stream = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream));
-    stream_ = static_cast<cudaStream_t>(stream);
-    if (cudaDeviceGetAttribute(&multiprocessors_, cudaDevAttrMultiProcessorCount, t.get_device_index()) != cudaSuccess)
-      multiprocessors_ = 1;
-  }
-  cudaStream_t stream() const { return stream_; }
-  int multiprocessors() const { return multiprocessors_; }
-
- private:
-  DeviceGuard guard_;
-  cudaStream_t stream_ = nullptr;
-  int multiprocessors_ = 1;
-};
-
-void check_launch(const char* where, const char* problem) {
-  if (problem) throw std::runtime_error(std::string(where) + ": the CUDA kernel was not launched: " + problem);
-}
 
 void run(const char* where, const GroupedProduct& p, const Device& device, const Tensor& h) {
   const int64_t parts = parts_of(p, device.multiprocessors());

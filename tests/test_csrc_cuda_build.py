@@ -1,4 +1,4 @@
-"""Every .cu compiled for sm_80, sm_90, sm_100: no stack, no spills, shared memory fits, tensor cores in 16 bit."""
+"""Every .cu compiled for sm_80, sm_90, sm_100: no stack, no spills, shared memory fits, the instructions meant."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ import pytest
 SOURCES = sorted((Path(__file__).parent.parent / "csrc").glob("*.cu"))
 NVCC = shutil.which("nvcc")
 STATIC_SHARED_BYTES = 48 * 1024
+# Types, roles and widths: group_fc has 21 products, 4 sums of parts and 4 column sums, csra_pool 6 of either pass.
+KERNELS = {"group_fc": 29, "csra_pool": 12}
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _FUNCTION = re.compile(r"Function : (\S+)")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
@@ -31,18 +33,30 @@ def _output(*command: str) -> str:
 
 
 @pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
-def cubins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+def cubins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
-    built = []
+    built = {}
     for source in SOURCES:
-        built.append(folder / f"{source.stem}.cubin")
+        cubin = built[source.stem] = folder / f"{source.stem}.cubin"
         assert NVCC is not None
-        _output(NVCC, "-O3", "-std=c++17", "-cubin", f"-arch={request.param}", str(source), "-o", str(built[-1]))
+        _output(NVCC, "-O3", "-std=c++17", "-cubin", f"-arch={request.param}", str(source), "-o", str(cubin))
     return built
 
 
+def _functions(cubin: Path) -> dict[str, str]:
+    """The disassembly of every kernel."""
+    found = _FUNCTION.split(_output(_cuobjdump(), "--dump-sass", str(cubin)))[1:]
+    return dict(zip(found[::2], found[1::2], strict=True))
+
+
+def _check_registers_only(functions: dict[str, str]) -> None:
+    for name, sass in functions.items():
+        assert " STL" not in sass, f"{name} stores to local memory"
+        assert " LDL" not in sass, f"{name} loads from local memory"
+
+
 def test_there_is_something_to_compile() -> None:
-    assert [source.name for source in SOURCES] == ["group_fc.cu"]
+    assert {source.stem for source in SOURCES} == KERNELS.keys()
 
 
 def test_sources_have_no_torch_headers() -> None:
@@ -52,10 +66,10 @@ def test_sources_have_no_torch_headers() -> None:
             assert "ATen" not in file.read_text(), file
 
 
-def test_resources(cubins: list[Path]) -> None:
-    for cubin in cubins:
+def test_resources(cubins: dict[str, Path]) -> None:
+    for op, cubin in cubins.items():
         rows = _USAGE.findall(_output(_cuobjdump(), "--dump-resource-usage", str(cubin)))
-        assert len(rows) > 20
+        assert len(rows) == KERNELS[op]
         for name, registers, stack, shared, local in rows:
             assert int(stack) == 0, f"{name} has a stack of {stack} bytes"
             assert int(local) == 0, f"{name} uses {local} bytes of local memory"
@@ -63,17 +77,29 @@ def test_resources(cubins: list[Path]) -> None:
             assert int(registers) <= 255
 
 
-def test_matrix_instructions(cubins: list[Path]) -> None:
-    for cubin in cubins:
-        functions = _FUNCTION.split(_output(_cuobjdump(), "--dump-sass", str(cubin)))[1:]
-        products = {n: s for n, s in zip(functions[::2], functions[1::2], strict=True) if "grouped_product" in n}
-        half = {n: s for n, s in products.items() if "half" in n or "bfloat16" in n}
-        assert len(half) == 12  # two types, three roles, with and without vector loads
-        assert len(products) == 12 + 6 + 3
-        for name, sass in products.items():
-            assert ("HMMA.16816.F32" in sass) == (name in half), name
-            assert " STL" not in sass, f"{name} stores to local memory"
-            assert " LDL" not in sass, f"{name} loads from local memory"
-        wide = [sass for name, sass in products.items() if re.search(r"Li[48]E", name)]
-        assert wide
-        assert all(re.search(r"LDG\.E(\.\w+)*\.128", sass) for sass in wide)
+def test_matrix_instructions_of_group_fc(cubins: dict[str, Path]) -> None:
+    products = {n: s for n, s in _functions(cubins["group_fc"]).items() if "grouped_product" in n}
+    _check_registers_only(products)
+    half = {n: s for n, s in products.items() if "half" in n or "bfloat16" in n}
+    assert len(half) == 12  # two types, three roles, with and without vector loads
+    assert len(products) == 12 + 6 + 3
+    for name, sass in products.items():
+        assert ("HMMA.16816.F32" in sass) == (name in half), name
+    wide = [sass for name, sass in products.items() if re.search(r"Li[48]E", name)]
+    assert wide
+    assert all(re.search(r"LDG\.E(\.\w+)*\.128", sass) for sass in wide)
+
+
+def test_instructions_of_csra_pool(cubins: dict[str, Path]) -> None:
+    """No atomics, no matrix products, and four blocks of 256 threads for each multiprocessor, two for fp64."""
+    functions = _functions(cubins["csra_pool"])
+    _check_registers_only(functions)
+    for name, sass in functions.items():
+        assert not re.search(r"\b(ATOM[GS]?|RED|[HDIQ]G?MMA)\b", sass), name
+        assert "MUFU.EX2" in sass or "IdLi1E" in name, name
+    rows = _USAGE.findall(_output(_cuobjdump(), "--dump-resource-usage", str(cubins["csra_pool"])))
+    assert all(int(registers) <= (128 if "IdLi1E" in name else 64) for name, registers, *_ in rows)
+    pairs = {name: sass for name, sass in functions.items() if "Li2E" in name and "backward" in name}
+    assert len(pairs) == 2  # fp16 and bf16
+    for name, sass in pairs.items():
+        assert "STG.E.U16" not in sass, f"{name} writes single columns"

@@ -1,0 +1,45 @@
+// The CUDA kernels of csra_pool behind raw pointers: this header and csra_pool.cu know nothing of torch.
+//
+// A chunk of raw scores (B, L, N) holds the columns first ... first + N - 1 of H heads of `classes` classes each, so
+// column n belongs to head h = (first + n) / classes and class c = (first + n) mod classes. With s = scale[n] scores
+// and A = sum_l p_l s_l, p = softmax_l(T_h s), which for T_h = infinity is the maximum over l,
+//
+//     forward    pooled[b, n] = average mean_l s + lam_h A
+//     backward   ds_l = dlogits[b, c] (average / L + lam_h p_l (1 + T_h (s_l - A)))
+//                for T_h = infinity: dlogits[b, c] (average / L + lam_h [l is the first position of the maximum])
+//                scores[b, l, n] <- scale[n] ds_l     projection[b, n] = sum_l ds_l s_l
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "dtypes.h"
+
+namespace mlhead {
+
+// One chunk of scores. Strides are in elements; that of n is 1. `Sum` below is fp32, and fp64 for fp64.
+struct CsraScores {
+  Dtype dtype;  // of scores and dlogits
+  int64_t B, L, N;
+  int64_t classes, first;
+  double average;
+  const double* temperatures;  // of every head, > 0, in host memory: a launch copies what it needs
+  const double* lam;
+  void* scores;
+  int64_t s_b, s_l;
+  const void* scale;  // Sum (N,), or null for 1
+  void* pooled;       // forward: Sum (B, N)
+  int64_t pooled_b;
+  const void* dlogits;  // backward: (B, classes)
+  int64_t d_b, d_c;
+  void* projection;  // backward: Sum (B, N), or null
+  int64_t projection_b;
+};
+
+// Each returns null, or what went wrong. Nothing is launched where there are no columns or no images. No position of
+// scores may have two indices when backward writes them.
+const char* launch_csra_pool(const CsraScores& p, cudaStream_t stream);
+const char* launch_csra_pool_backward(const CsraScores& p, cudaStream_t stream);
+
+}  // namespace mlhead
