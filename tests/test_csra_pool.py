@@ -144,7 +144,6 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 @pytest.mark.parametrize("backend", ["reference", *(name for name in BACKENDS if name == "cpp")])
 def test_memory_does_not_grow_with_the_map(backend: str) -> None:
     """Peak resident memory of a step while C grows 16-fold; the map of 64,000 classes would take 400 MB."""
-
     # What is freed goes back to the system at once, so that what is resident is alive.
     settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
 

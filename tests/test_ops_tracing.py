@@ -159,16 +159,17 @@ def test_fake_tensors_on_cuda(case: OpCase) -> None:
 
 
 def _recorded_calls_arguments(case: OpCase, sample: Sample) -> list:
-    """The inputs of the forward library op of a sample, without the backend."""
+    """The inputs of the forward library op of a sample, without the backend, and what it returns for backward."""
     from torch.utils._python_dispatch import TorchDispatchMode
 
     found: list = []
 
     class Record(TorchDispatchMode):
         def __torch_dispatch__(self, op, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            result = op(*args, **(kwargs or {}))
             if op.namespace == "mlhead":
-                found.append(args[:-1])
-            return op(*args, **(kwargs or {}))
+                found.append([*args[:-1], *(result[1:] if isinstance(result, tuple) else ())])
+            return result
 
     with Record():
         sample.call()

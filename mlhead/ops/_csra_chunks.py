@@ -7,11 +7,13 @@ images times a range of columns:
     forward     pool each column over its L scores  -> pooled (B, N) fp32; the logits are its sum over the heads
     backward    turn the scores into ds in place, then dx += ds w and dw += ds^T x
 
-so the (H, B, C, L) scores never exist whole. Everything about a head that is linear stays outside the products:
-a classifier's norm divides its scores (`scale`), and ds when it is stored. A bias shifts all the scores of a class
-alike, which softmax does not see, so it adds (average + lam) bias, and its gradient is that multiple of sum_b dlogit.
+so the (H, B, C, L) scores never exist whole, unless they are no larger than the scratch: then one product makes them,
+and they are kept for backward, which spares the fourth product.
 
-Where more than one chunk adds to dx or dw in 16 bits, the sum is kept in fp32 and rounded once.
+What is linear stays outside the products: a classifier's norm divides its scores (`scale`), and ds when it is stored.
+A bias shifts all the scores of a class alike, which softmax does not see, so it adds (average + lam) bias, and its
+gradient is that multiple of sum_b dlogit. Where more than one chunk adds to dx or dw in 16 bits, the sum is kept in fp32
+and rounded once.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ class Machine:
 
 MACHINES = {
     # Two cores of an AMD EPYC; at B=4 L=49 D=2048 C=9605 scratches of 2 to 16 MiB differ by less than 3 %.
-    "cpu": Machine(4 << 20, 170e9, 25e9, 20e-6, 24),
+    "cpu": Machine(8 << 20, 170e9, 25e9, 20e-6, 24),
     # An H100's published numbers (L2 of 50 MB); not yet measured on a GPU.
     "cuda": Machine(24 << 20, 700e12, 3.0e12, 15e-6, 96),
 }
@@ -192,16 +194,14 @@ def _images(x: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
         yield slice(begin, begin + part.shape[0]), part.contiguous() if copy else part
 
 
-def _make_scores(x: Tensor, rows: Tensor, scratch: Tensor) -> Tensor:
-    """Scores (b, L, n) of some images and columns, in the scratch."""
+def _make_scores(x: Tensor, rows: Tensor, scores: Tensor) -> None:
+    """Raw scores (b, L, n) of some images and columns, into contiguous memory."""
     b, L, D = x.shape
     n = rows.shape[0]
-    scores = scratch[: b * L * n].view(b, L, n)
     if _is_matrix(x):
         torch.mm(x.as_strided((b * L, D), x.stride()[1:]), rows.t(), out=scores.view(b * L, n))
     else:
         torch.bmm(x, rows.t().expand(b, D, n), out=scores)
-    return scores
 
 
 def _is_rows(weight: Tensor) -> bool:
@@ -209,14 +209,48 @@ def _is_rows(weight: Tensor) -> bool:
     return weight.shape[0] == 1 or weight.stride(0) == weight.shape[1] * weight.stride(1)
 
 
-def _plan(x: Tensor, weight: Tensor) -> Plan:
+def _machine(x: Tensor) -> Machine:
+    return MACHINES["cuda" if x.device.type == "cuda" else "cpu"]
+
+
+def fits_the_scratch(x: Tensor, weight: Tensor) -> bool:
+    """Whether all scores are so few that they may be kept for backward; a function of the shapes alone."""
+    scores = x.shape[0] * x.shape[1] * weight.shape[0] * weight.shape[1]
+    return bool(scores * x.element_size() <= _machine(x).scratch_bytes)
+
+
+def _plan(x: Tensor, weight: Tensor, keep: bool) -> Plan:
+    """The sizes of the chunks; all columns at once where the scores are kept."""
     (B, L, D), (H, C, _) = x.shape, weight.shape
-    machine = MACHINES["cuda" if x.device.type == "cuda" else "cpu"]
+    machine = _machine(x)
     most_images = B
     if x.device.type == "cuda" and not _is_matrix(x):
-        most_images = max(1, machine.scratch_bytes // max(1, L * D * x.element_size()))
-    plan = plan_chunks(B, L, max(D, 1), H * C, x.element_size(), most_images, machine)
+        most_images = min(B, max(1, machine.scratch_bytes // max(1, L * D * x.element_size())))
+    if keep:
+        plan = Plan(most_images, H * C)
+    else:
+        plan = plan_chunks(B, L, max(D, 1), H * C, x.element_size(), most_images, machine)
     return plan if _is_rows(weight) else Plan(plan.images, min(plan.columns, C))
+
+
+class _Scores:
+    """Where raw scores live: a scratch that every chunk writes anew, or memory that keeps them, chunk after chunk."""
+
+    def __init__(self, x: Tensor, weight: Tensor, plan: Plan, keep: bool) -> None:
+        self.B, self.L = x.shape[:2]
+        self.keep = keep
+        size = self.B * self.L * weight.shape[0] * weight.shape[1] if keep else plan.images * self.L * plan.columns
+        self.memory = x.new_empty(size)
+
+    def view(self, images: slice, chunk: Chunk) -> Tensor:
+        """The place of the scores (b, L, n) of a chunk, contiguous."""
+        n = chunk.rows.shape[0]
+        if self.keep:
+            begin = (self.B * chunk.first + images.start * n) * self.L
+        else:
+            begin = 0
+        b = images.stop - images.start
+        return self.memory[begin : begin + b * self.L * n].view(b, self.L, n)
 
 
 def _norms(weight: Tensor) -> Tensor:
@@ -237,24 +271,26 @@ def finish_logits(pooled: Tensor, bias: Tensor | None, options: Options, dtype: 
 
 
 def forward(
-    pooling: Pooling, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, normalize: bool
-) -> Tensor:
-    """Logits (B, C) of tokens x (B, L, D) and weight (H, C, D), of any strides."""
+    pooling: Pooling, x: Tensor, weight: Tensor, bias: Tensor | None, options: Options, normalize: bool, keep: bool
+) -> tuple[Tensor, Tensor]:
+    """Logits (B, C) of tokens x (B, L, D) and weight (H, C, D), of any strides; and the raw scores if they are kept."""
     B, N = x.shape[0], weight.shape[0] * weight.shape[1]
     if B == 0 or N == 0:
-        return x.new_zeros(B, weight.shape[1])
+        return x.new_zeros(B, weight.shape[1]), x.new_empty(0)
+    keep = keep and fits_the_scratch(x, weight)
+    plan = _plan(x, weight, keep)
     pooled = x.new_empty(B, N, dtype=accumulate_dtype(x.dtype))
-    plan = _plan(x, weight)
-    if pooling.fuses(x, N, math.ceil(B / plan.images) * math.ceil(N / plan.columns)):
+    if not keep and pooling.fuses(x, N, math.ceil(B / plan.images) * math.ceil(N / plan.columns)):
         scale = _norms(weight).reciprocal().view(N) if normalize else None
         pooling.fused(x, weight, scale, options, pooled)
-        return finish_logits(pooled, bias, options, x.dtype)
-    scratch = x.new_empty(plan.images * x.shape[1] * plan.columns)
+        return finish_logits(pooled, bias, options, x.dtype), x.new_empty(0)
+    memory = _Scores(x, weight, plan, keep)
     for images, part in _images(x, plan.images):
         for chunk in _chunks(weight, plan.columns, normalize):
-            scores = _make_scores(part, chunk.rows, scratch)
+            scores = memory.view(images, chunk)
+            _make_scores(part, chunk.rows, scores)
             pooling.pool(scores, chunk.scale, options, chunk.first, pooled[images, chunk.columns])
-    return finish_logits(pooled, bias, options, x.dtype)
+    return finish_logits(pooled, bias, options, x.dtype), memory.memory if keep else x.new_empty(0)
 
 
 def backward(
@@ -265,9 +301,10 @@ def backward(
     bias: Tensor | None,
     options: Options,
     normalize: bool,
+    kept: Tensor,
     needs: Sequence[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients (dx, dweight, dbias), contiguous; those not needed are empty tensors."""
+    """The gradients (dx, dweight, dbias), contiguous; those not needed are empty tensors. `kept` is not written."""
     need_dx, need_dweight, need_dbias = needs
     (B, L, D), (H, C, _) = x.shape, weight.shape
     empty = dlogits.new_empty(0)
@@ -275,8 +312,11 @@ def backward(
     if x.numel() == 0 or weight.numel() == 0 or not (need_dx or need_dweight):
         return x.new_zeros(B, L, D) if need_dx else empty, weight.new_zeros(H, C, D) if need_dweight else empty, dbias
 
-    plan = _plan(x, weight)
-    scratch = x.new_empty(plan.images * L * plan.columns)
+    keep = kept.numel() > 0
+    plan = _plan(x, weight, keep)
+    memory = _Scores(x, weight, plan, keep)
+    if keep:
+        memory.memory.copy_(kept)
     accumulate = accumulate_dtype(x.dtype)
     one_column_range = plan.columns >= H * C
     # A map that is no matrix of positions adds to dw image by image, or on a GPU a range of copied images at a time.
@@ -288,7 +328,9 @@ def backward(
         dw = dweight[chunk.columns] if need_dweight else empty
         total = dw if one_image_range or not need_dweight else dw.to(accumulate)
         for images, part in _images(x, plan.images):
-            scores = _make_scores(part, chunk.rows, scratch)
+            scores = memory.view(images, chunk)
+            if not keep:
+                _make_scores(part, chunk.rows, scores)
             pooling.pool_backward(scores, chunk.scale, options, chunk.first, dlogits[images])
             ds = scores.view(-1, n)
             if need_dx:
@@ -328,10 +370,11 @@ class Chunked:
         lam: Sequence[float],
         normalize: bool,
         average: float,
-    ) -> Tensor:
-        """Logits (B, C)."""
+        keep: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits (B, C), and the raw scores where they are kept for backward, else nothing."""
         options = Options(tuple(temperatures), tuple(lam), average, weight.shape[1])
-        return forward(self.pooling, x, weight, bias, options, normalize)
+        return forward(self.pooling, x, weight, bias, options, normalize, keep)
 
     def csra_pool_backward(
         self,
@@ -343,11 +386,13 @@ class Chunked:
         lam: Sequence[float],
         normalize: bool,
         average: float,
+        keep: bool,
+        kept: Tensor,
         needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients (dx, dweight, dbias)."""
         options = Options(tuple(temperatures), tuple(lam), average, weight.shape[1])
-        return backward(self.pooling, dlogits, x, weight, bias, options, normalize, needs)
+        return backward(self.pooling, dlogits, x, weight, bias, options, normalize, kept, needs)
 
 
 @lru_cache(maxsize=256)

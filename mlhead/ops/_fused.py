@@ -69,7 +69,7 @@ class FusedOp:
         differentiable: Positions of the inputs that have a gradient.
         reference: f(*inputs) in plain torch; returns all outputs.
         reference_grad: (dout, *inputs, *extras) -> the gradients, in plain torch.
-        fake: (*inputs) -> the outputs without data.
+        fake: (*inputs, backend) -> the outputs without data; `backend` is the choice, perhaps "auto".
         implementations: The other backends.
     """
 
@@ -183,7 +183,7 @@ class FusedOp:
         return grads if len(grads) > 1 else grads[0]
 
     def _fake_forward(self, *args: Any) -> Any:
-        return self._fake(*args[:-1])
+        return self._fake(*args)
 
     def _fake_backward(self, *args: Any) -> Any:
         *inputs, needs, _ = args

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _backend, _check
 from .._backend import Implementation
 from ..reference import csra_pool as reference
-from ._csra_chunks import Chunked, ExtensionPooling, TritonPooling
+from ._csra_chunks import Chunked, ExtensionPooling, TritonPooling, fits_the_scratch
 from ._fused import FusedOp, autocast, is_autocasting
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -25,8 +26,22 @@ def _fake(
     lam: list[float],
     normalize: bool,
     average: float,
-) -> Tensor:
-    return x.new_empty(x.shape[0], weight.shape[1])
+    keep: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    logits = x.new_empty(x.shape[0], weight.shape[1])
+    keep = keep and _backend.resolve("csra_pool", backend, x.device, x.dtype) != "reference"
+    if not keep or not fits_the_scratch(x, weight):
+        return logits, x.new_empty(0)
+    return logits, x.new_empty(x.shape[0] * x.shape[1] * weight.shape[0] * weight.shape[1])
+
+
+def _reference(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return reference.csra_pool(*inputs[:-1]), inputs[0].new_empty(0)
+
+
+def _reference_grad(*args: Any) -> tuple[Tensor | None, ...]:
+    return reference.csra_pool_grad(*args[:-2])  # without keep, and without what another backend kept
 
 
 def _load_triton() -> Chunked:
@@ -37,11 +52,12 @@ def _load_triton() -> Chunked:
 
 _csra_pool = FusedOp(
     "csra_pool",
-    "Tensor x, Tensor weight, Tensor? bias, float[] temperatures, float[] lam, bool normalize, float average",
-    outputs=1,
+    "Tensor x, Tensor weight, Tensor? bias, float[] temperatures, float[] lam, bool normalize, float average, "
+    "bool keep",
+    outputs=2,
     differentiable=(0, 1, 2),
-    reference=reference.csra_pool,
-    reference_grad=reference.csra_pool_grad,
+    reference=_reference,
+    reference_grad=_reference_grad,
     fake=_fake,
     implementations={
         "triton": Implementation(("cuda",), (torch.float32, *_HALF), _load_triton),
@@ -139,7 +155,8 @@ def csra_pool(
     average = float(average)
     if not -math.inf < average < math.inf:
         _check.fail("csra_pool", "average", "finite", average)
-    return _csra_pool(x, weight, bias, T, lams, normalize, average, backend=backend)
+    keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    return _csra_pool(x, weight, bias, T, lams, normalize, average, keep, backend=backend)[0]
 
 
 def csra_attention(

@@ -18,6 +18,7 @@ def _fake(
     seed: Tensor | None,
     num_heads: int,
     dropout_p: float,
+    backend: str,
 ) -> Tensor:
     return q.new_empty(k.shape[0], q.shape[-2], q.shape[-1])
 
