@@ -27,7 +27,7 @@ from torch import Tensor
 
 from mlhead import _backend
 from mlhead._progress import duration
-from mlhead.ops._csra_chunks import forward_design
+from mlhead.ops._csra_kernels import forward_design
 from mlhead.testing import CASES, Sample
 
 from . import limits, machine, report

@@ -130,20 +130,11 @@ struct Softmax {
   }
 };
 
-// sum ds s over some positions of one column.
-template <typename Sum>
-struct Projection {
-  Sum sum;
-
-  __device__ void merge(const Projection& other) { sum += other.sum; }
-};
-
 // What every row of threads has found of every column of the tile.
 template <typename Sum, int TILE>
 struct Shared {
   Maximum<Sum> maximum[kRows][TILE];
   Softmax<Sum> softmax[kRows][TILE];
-  Projection<Sum> product[kRows][TILE];
 };
 
 // The part of one thread: WIDTH neighbouring columns of one image, every 8th position.
@@ -279,14 +270,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) pool_backward(CsraScores
   part.gather(shared, maximum, softmax);
 
   Sum dlogit[WIDTH], inverse[WIDTH], offset[WIDTH];
-  Projection<Sum> product[WIDTH];
 #pragma unroll
   for (int v = 0; v < WIDTH; ++v) {
     const int64_t c = (p.first + smaller(part.n + v, p.N - 1)) % p.classes;
     dlogit[v] = to_sum(static_cast<const T*>(p.dlogits)[part.b * p.d_b + c * p.d_c]);
     inverse[v] = 1 / softmax[v].z;
     offset[v] = softmax[v].offset * inverse[v];  // A - m
-    product[v] = {0};
   }
   part.for_each_position([&](int l, const Sum(&s)[WIDTH]) {
     Sum scaled[WIDTH];
@@ -301,18 +290,34 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) pool_backward(CsraScores
         slope = power(distance * column.rate) * inverse[v] * (1 + column.temperature * (distance - offset[v]));
       }
       const Sum ds = dlogit[v] * (heads.share + column.lam * slope);
-      product[v].merge({ds * s[v]});
       scaled[v] = ds * column.scale;
     }
     part.store(l, scaled);
   });
+}
 
-  if (!p.projection) return;  // the same for all threads
-  part.merge_rows(shared.product, product);
-  if (part.row > 0 || part.end == 0) return;
-  Sum* const projection = static_cast<Sum*>(p.projection) + part.b * p.projection_b + part.n;
-#pragma unroll
-  for (int v = 0; v < WIDTH; ++v) projection[v] = product[v].sum;
+// One block handles one classifier: every thread every 256th feature, and the threads' sums in their order.
+template <typename S, typename G>
+__global__ void __launch_bounds__(kThreads) unit_rows_backward(UnitRows p) {
+  using Sum = SumOf<S>;
+  __shared__ Sum sums[kThreads];
+  const int64_t n = blockIdx.x;
+  const Sum norm = static_cast<const Sum*>(p.norm)[n];
+  const S* const weight = static_cast<const S*>(p.weight) + n * p.w_n;
+  G* const dw = static_cast<G*>(p.dw) + n * p.dw_n;
+  Sum along = 0;
+  for (int64_t d = threadIdx.x; d < p.D; d += kThreads) along += to_sum(dw[d]) * (to_sum(weight[d * p.w_d]) / norm);
+  sums[threadIdx.x] = along;
+  for (int half = kThreads / 2; half > 0; half /= 2) {
+    __syncthreads();
+    if (int(threadIdx.x) < half) sums[threadIdx.x] += sums[threadIdx.x + half];
+  }
+  __syncthreads();
+  along = sums[0];
+  for (int64_t d = threadIdx.x; d < p.D; d += kThreads) {
+    const Sum rest = to_sum(dw[d]) - (to_sum(weight[d * p.w_d]) / norm) * along;
+    dw[d] = from_sum<G>(p.divide ? rest / norm : rest);
+  }
 }
 
 // Whether columns may be read and written in vectors of WIDTH.
@@ -359,7 +364,6 @@ CsraScores columns_of(const CsraScores& p, int64_t n, int64_t columns) {
   part.scores = static_cast<T*>(p.scores) + n;
   if (p.scale) part.scale = static_cast<const Sum*>(p.scale) + n;
   if (p.pooled) part.pooled = static_cast<Sum*>(p.pooled) + n;
-  if (p.projection) part.projection = static_cast<Sum*>(p.projection) + n;
   return part;
 }
 
@@ -386,7 +390,29 @@ const char* launch_dtype(Pass pass, const CsraScores& p, cudaStream_t stream) {
   }
 }
 
+template <typename S>
+const char* launch_unit_rows(const UnitRows& p, cudaStream_t stream) {
+  cudaLaunchConfig_t config{};
+  config.gridDim = dim3(unsigned(p.N));
+  config.blockDim = dim3(unsigned(kThreads));
+  config.stream = stream;
+  const auto kernel = p.dw_accumulated ? unit_rows_backward<S, SumOf<S>> : unit_rows_backward<S, S>;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, p);
+  return error == cudaSuccess ? nullptr : cudaGetErrorString(error);
+}
+
 }  // namespace
+
+const char* launch_unit_rows_backward(const UnitRows& p, cudaStream_t stream) {
+  if (p.N == 0 || p.D == 0) return nullptr;
+  if (p.N > kLargestGrid) return "there are more than 2^31 - 1 classifiers";
+  switch (p.dtype) {
+    case Dtype::f32: return launch_unit_rows<float>(p, stream);
+    case Dtype::f64: return launch_unit_rows<double>(p, stream);
+    case Dtype::f16: return launch_unit_rows<__half>(p, stream);
+    default: return launch_unit_rows<__nv_bfloat16>(p, stream);
+  }
+}
 
 const char* launch_csra_pool(const CsraScores& p, cudaStream_t stream) {
   return launch_dtype(Pass::forward, p, stream);

@@ -7,7 +7,7 @@
 //     forward    pooled[b, n] = average mean_l s + lam_h A
 //     backward   ds_l = dlogits[b, c] (average / L + lam_h p_l (1 + T_h (s_l - A)))
 //                for T_h = infinity: dlogits[b, c] (average / L + lam_h [l is the first position of the maximum])
-//                scores[b, l, n] <- scale[n] ds_l     projection[b, n] = sum_l ds_l s_l
+//                scores[b, l, n] <- scale[n] ds_l
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -33,13 +33,26 @@ struct CsraScores {
   int64_t pooled_b;
   const void* dlogits;  // backward: (B, classes)
   int64_t d_b, d_c;
-  void* projection;  // backward: Sum (B, N), or null
-  int64_t projection_b;
+};
+
+// The gradient through the division of N classifiers w (D) by their norms: dw <- dw - u <dw, u> with u = w / norm, in
+// place, and divided by the norm if `divide`.
+struct UnitRows {
+  Dtype dtype;          // of weight
+  bool dw_accumulated;  // dw is Sum, not of the dtype of weight
+  bool divide;
+  int64_t N, D;
+  void* dw;  // (N, D); d is contiguous
+  int64_t dw_n;
+  const void* weight;
+  int64_t w_n, w_d;
+  const void* norm;  // Sum (N,)
 };
 
 // Each returns null, or what went wrong. Nothing is launched where there are no columns or no images. No position of
 // scores may have two indices when backward writes them.
 const char* launch_csra_pool(const CsraScores& p, cudaStream_t stream);
 const char* launch_csra_pool_backward(const CsraScores& p, cudaStream_t stream);
+const char* launch_unit_rows_backward(const UnitRows& p, cudaStream_t stream);
 
 }  // namespace mlhead

@@ -18,7 +18,7 @@ inline ScalarType accumulation_type(ScalarType type) {
 struct ScoresCall {
   const char* where;
   Dtype dtype;              // of scores and dlogits
-  ScalarType accumulation;  // of scale, pooled and projection
+  ScalarType accumulation;  // of scale and pooled
   int64_t B, L, N, H, classes, first;
   int64_t s_b, s_l;            // strides of scores; that of n is 1
   const void* scale;           // (N,), or null
@@ -63,7 +63,7 @@ struct ScoresCall {
     }
   }
 
-  // pooled or projection: (B, N) in the accumulation dtype, rows in any distance.
+  // pooled: (B, N) in the accumulation dtype, rows in any distance.
   void check_result(const char* argument, const Tensor& t, const Tensor& scores) const {
     check_accumulated(argument, t, scores);
     check_shape(where, argument, shape_of(t), "(B, N)", {B, N});

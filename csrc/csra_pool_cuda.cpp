@@ -1,4 +1,4 @@
-// The CUDA form of csra_pool's two pooling ops: checks on the stable ABI; the kernels are in csra_pool.cu.
+// The CUDA form of csra_pool's private ops: checks on the stable ABI; the kernels are in csra_pool.cu.
 #include "csra_pool.h"
 #include "csra_pool_checks.h"
 #include "cuda_device.h"
@@ -30,17 +30,32 @@ void csra_pool_scores_cuda(const Tensor& scores, const std::optional<Tensor>& sc
 }
 
 void csra_pool_scores_backward_cuda(const Tensor& scores, const std::optional<Tensor>& scale, const Tensor& heads,
-                                    int64_t classes, int64_t first, double average, const Tensor& dlogits,
-                                    const std::optional<Tensor>& projection) {
+                                    int64_t classes, int64_t first, double average, const Tensor& dlogits) {
   const ScoresCall call("csra_pool_scores_backward", scores, scale, heads, classes, first);
   call.check_dlogits(dlogits, scores);
-  if (projection.has_value()) call.check_result("projection", *projection, scores);
   const Device device(scores);
   CsraScores p = scores_of(call, scores, average);
   p.scores = scores.mutable_data_ptr();
   p.dlogits = dlogits.const_data_ptr(), p.d_b = dlogits.strides()[0], p.d_c = dlogits.strides()[1];
-  if (projection.has_value()) p.projection = projection->mutable_data_ptr(), p.projection_b = projection->strides()[0];
   check_launch(call.where, launch_csra_pool_backward(p, device.stream()));
+}
+
+void csra_unit_rows_backward_cuda(const Tensor& dw, const Tensor& weight, const Tensor& norm, bool divide) {
+  const char* where = "csra_unit_rows_backward";
+  const UnitRowsCall call(where, dw, weight, norm);
+  const Device device(dw);
+  const UnitRows p{call.dtype,
+                   call.dw_accumulated,
+                   divide,
+                   call.N,
+                   call.D,
+                   dw.mutable_data_ptr(),
+                   call.dw_n,
+                   weight.const_data_ptr(),
+                   call.w_n,
+                   call.w_d,
+                   norm.const_data_ptr()};
+  check_launch(where, launch_unit_rows_backward(p, device.stream()));
 }
 
 }  // namespace
@@ -50,4 +65,5 @@ void csra_pool_scores_backward_cuda(const Tensor& scores, const std::optional<Te
 STABLE_TORCH_LIBRARY_IMPL(mlhead_C, CUDA, m) {
   m.impl("csra_pool_scores", TORCH_BOX(&mlhead::csra_pool_scores_cuda));
   m.impl("csra_pool_scores_backward", TORCH_BOX(&mlhead::csra_pool_scores_backward_cuda));
+  m.impl("csra_unit_rows_backward", TORCH_BOX(&mlhead::csra_unit_rows_backward_cuda));
 }

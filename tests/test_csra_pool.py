@@ -15,7 +15,8 @@ from torch import Tensor
 
 from mlhead import _backend, csra_pool
 from mlhead.ops import _csra_chunks as chunks
-from mlhead.ops._csra_chunks import forward_design, plan_chunks
+from mlhead.ops._csra_chunks import plan_chunks
+from mlhead.ops._csra_kernels import forward_design
 from mlhead.testing import CASES, check, oracle, plain_torch
 
 CASE = CASES["csra_pool"]

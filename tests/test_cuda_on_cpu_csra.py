@@ -43,7 +43,7 @@ class CsraScores(ctypes.Structure):
         ("dtype", ctypes.c_int), ("B", INT), ("L", INT), ("N", INT), ("classes", INT), ("first", INT),
         ("average", DOUBLE), ("temperatures", POINTER), ("lam", POINTER),
         ("scores", POINTER), ("s_b", INT), ("s_l", INT), ("scale", POINTER), ("pooled", POINTER), ("pooled_b", INT),
-        ("dlogits", POINTER), ("d_b", INT), ("d_c", INT), ("projection", POINTER), ("projection_b", INT),
+        ("dlogits", POINTER), ("d_b", INT), ("d_c", INT),
     ]  # fmt: skip
 
 
@@ -83,7 +83,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     subprocess.run([CXX, *flags, str(HERE / "csra_pool.cpp"), "-o", str(path)], check=True)
     found = ctypes.CDLL(str(path))
-    found.csra_pool.restype = found.csra_pool_backward.restype = ctypes.c_char_p
+    found.csra_pool.restype = found.csra_pool_backward.restype = found.unit_rows_backward.restype = ctypes.c_char_p
     return found
 
 
@@ -103,9 +103,7 @@ def _poisoned(B: int, N: int, dtype: torch.dtype, beside: int) -> Tensor:
     return torch.full((B, N + beside), math.nan, dtype=dtype)[:, :N]
 
 
-def run_like_the_op(
-    library: ctypes.CDLL, chunk: Chunk, projected: bool = True, beside: int = 0, lead: int = 0
-) -> dict[str, Tensor]:
+def run_like_the_op(library: ctypes.CDLL, chunk: Chunk, beside: int = 0, lead: int = 0) -> dict[str, Tensor]:
     """What csra_pool_cuda.cpp does, forward and backward.
 
     The scores have `beside` columns of 77 beside them, and start `lead` elements into their memory.
@@ -126,9 +124,6 @@ def run_like_the_op(
     assert torch.equal(scores.nan_to_num(), chunk.scores.nan_to_num()), "forward has written scores"
 
     results = {"pooled": pooled}
-    if projected:
-        projection = results["projection"] = _poisoned(B, N, _sum_dtype(scores.dtype), beside)
-        p.projection, p.projection_b = projection.data_ptr(), projection.stride(0)
     problem = library.csra_pool_backward(ctypes.byref(p))
     assert problem is None, problem
     assert bool((padded[:, :, N:] == 77).all() and (memory[:lead] == 77).all()), "written beside the scores"
@@ -160,7 +155,7 @@ def plain_torch(chunk: Chunk) -> dict[str, Tensor]:
     pooled = chunk.average * s.mean(1) + lam * torch.where(hard, maximum, A)[:, 0]
     slope = torch.where(hard, (positions == first).to(dtype), p * (1 + finite_T * (s - A)))
     ds = d * (chunk.average / L + lam * slope)
-    return {"pooled": pooled, "projection": (ds * s).sum(1), "scores": scale * ds}
+    return {"pooled": pooled, "scores": scale * ds}
 
 
 @np.errstate(invalid="ignore")
@@ -182,7 +177,7 @@ def oracle(chunk: Chunk) -> dict[str, Tensor]:
     pooled = chunk.average * s.mean(1) + wide(lam) * np.where(hard, maximum, A)[:, 0]
     one_hot = np.arange(L)[:, None] == s.argmax(1, keepdims=True)  # of the first maximum, by numpy's documentation
     ds = d * (np.longdouble(chunk.average) / L + wide(lam) * np.where(hard, one_hot, p * (1 + finite_T * (s - A))))
-    results = {"pooled": pooled, "projection": (ds * s).sum(1), "scores": scale * ds}
+    results = {"pooled": pooled, "scores": scale * ds}
     return {name: torch.from_numpy(result.astype(np.float64)) for name, result in results.items()}
 
 
@@ -218,7 +213,7 @@ def test_values_and_gradients(library: ctypes.CDLL, dtype: torch.dtype, L: int) 
         classes = -(-N // 4)
         for i, first in enumerate(sorted(firsts(N, classes))):
             chunk = make(2, L, N, classes, first, dtype, scaled=(i + N) % 3 > 0)
-            done.append((chunk, run_like_the_op(library, chunk, projected=(i + L) % 2 > 0)))
+            done.append((chunk, run_like_the_op(library, chunk)))
     compare(*done)
 
 
@@ -257,7 +252,7 @@ def test_ties_go_to_the_first_maximum(library: ctypes.CDLL, dtype: torch.dtype) 
         levels[0] = -1  # all alike
         levels[1, :, 0] = -math.inf
         chunk = replace(chunk, scores=levels, temperatures=(math.inf,), lam=(1.0,), average=0.0)
-        results = run_like_the_op(library, chunk, projected=False)
+        results = run_like_the_op(library, chunk)
         gradient = results["scores"]
         assert torch.equal(gradient, oracle(chunk)["scores"].to(dtype))
         assert bool((gradient != 0).sum(1).eq(1).all())
@@ -277,8 +272,7 @@ def test_nan_reaches_its_own_column_only(library: ctypes.CDLL, dtype: torch.dtyp
         results, whole = run_like_the_op(library, broken), run_like_the_op(library, replace(chunk, average=average))
         assert torch.equal(results["pooled"].isnan(), poisoned)
         assert bool(results["scores"].isnan().any(1)[poisoned[:, :56].nonzero(as_tuple=True)].all())  # a finite T
-        for name in ("pooled", "projection"):
-            assert torch.equal(results[name][~poisoned], whole[name][~poisoned]), name
+        assert torch.equal(results["pooled"][~poisoned], whole["pooled"][~poisoned])
         assert torch.equal(results["scores"].mT[~poisoned], whole["scores"].mT[~poisoned])
 
 
@@ -317,3 +311,34 @@ def test_nothing_to_do_and_too_much(library: ctypes.CDLL) -> None:
     assert b"2^30 positions" in library.csra_pool(ctypes.byref(long))
     wide = _struct(chunk, chunk.scores.expand((1 << 31), 1, 1), heads)
     assert b"2^31 - 1 blocks" in library.csra_pool(ctypes.byref(wide))
+
+
+class UnitRows(ctypes.Structure):
+    """As in csrc/csra_pool.h."""
+
+    _fields_ = [
+        ("dtype", ctypes.c_int), ("dw_accumulated", ctypes.c_bool), ("divide", ctypes.c_bool), ("N", INT), ("D", INT),
+        ("dw", POINTER), ("dw_n", INT), ("weight", POINTER), ("w_n", INT), ("w_d", INT), ("norm", POINTER),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("accumulated", [False, True])
+@pytest.mark.parametrize("divide", [False, True])
+def test_the_gradient_through_the_norm(
+    library: ctypes.CDLL, dtype: torch.dtype, accumulated: bool, divide: bool
+) -> None:
+    for N, D in ((1, 1), (3, 5), (5, 255), (4, 257), (2, 2048)):
+        weight = torch.randn(D, N).to(dtype).t() if N == 3 else torch.randn(N, D).to(dtype)
+        norm = weight.to(_sum_dtype(dtype)).norm(dim=1)
+        dw = torch.randn(N, D).to(_sum_dtype(dtype) if accumulated else dtype)
+        u = weight.double() / norm.double()[:, None]
+        exact = dw.double() - u * (dw.double() * u).sum(1, keepdim=True)
+        exact = exact / norm.double()[:, None] if divide else exact
+        p = UnitRows(DTYPES.index(dtype), accumulated, divide, N, D, dw.data_ptr(), dw.stride(0), weight.data_ptr())
+        p.w_n, p.w_d, p.norm = weight.stride(0), weight.stride(1), norm.data_ptr()
+        assert library.unit_rows_backward(ctypes.byref(p)) is None
+        # One rounding on the way out, and the sum's own.
+        size = exact.abs().max() + (1 / norm.double().min() if divide else 1)
+        unit = torch.finfo(dw.dtype).eps + 8 * torch.finfo(_sum_dtype(dtype)).eps
+        assert (dw.double() - exact).abs().max() <= unit * size

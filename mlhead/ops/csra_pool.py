@@ -12,7 +12,8 @@ from torch import Tensor
 from .. import _backend, _check
 from .._backend import Implementation
 from ..reference import csra_pool as reference
-from ._csra_chunks import Chunked, ExtensionPooling, TritonPooling, fits_the_scratch
+from ._csra_chunks import Chunked, fits_the_scratch
+from ._csra_kernels import ExtensionPooling, TritonPooling
 from ._fused import FusedOp, autocast, is_autocasting
 
 _HALF = (torch.float16, torch.bfloat16)

@@ -7,3 +7,6 @@ extern "C" const char* csra_pool(mlhead::CsraScores* p) {
 extern "C" const char* csra_pool_backward(mlhead::CsraScores* p) {
   return mlhead::launch_csra_pool_backward(*p, nullptr);
 }
+extern "C" const char* unit_rows_backward(mlhead::UnitRows* p) {
+  return mlhead::launch_unit_rows_backward(*p, nullptr);
+}
