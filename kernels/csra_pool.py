@@ -90,18 +90,18 @@ MOST_SEGMENTS = 5
 
 
 def pool_tile(L: int, N: int) -> PoolTile:
-    """Rows of 64 columns, 128 bytes in 16 bits; all positions at once up to 64.
-
-    On 4 warps a tile of 64 by 64 takes 150 to 164 registers, and with Triton 3.6 spills two.
-    """
-    block_l = min(64, max(8, triton.next_power_of_2(L)))
+    """Rows of 64 columns, 128 bytes in 16 bits, and up to 32 positions: 64 spill registers, on 4 warps and on 8."""
+    block_l = min(32, max(8, triton.next_power_of_2(L)))
     block_n = min(64, max(16, triton.next_power_of_2(N)))
-    return PoolTile(block_l, block_n, 8 if block_l * block_n > 2048 else 4)
+    return PoolTile(block_l, block_n, 4)
 
 
 def fused_tile(N: int, element_bytes: int, device: Device) -> FusedTile:
-    """128 positions by 128 classifiers where they are many, else by 64; half as many positions in fp32."""
-    block_n = 128 if N > 64 and element_bytes == 2 else 64
+    """128 positions by 128 classifiers where they are many, else by 64; half as many positions in fp32.
+
+    On sm_100, whose products leave their sums in another memory, 128 by 128 would spill.
+    """
+    block_n = 128 if N > 64 and element_bytes == 2 and device.capability < 100 else 64
     block_d = 64 if element_bytes == 2 else 16
     stages = 3 if device.shared_bytes > 128 * 1024 else 2
     return FusedTile(128 if element_bytes == 2 else 64, block_n, block_d, 8, stages)

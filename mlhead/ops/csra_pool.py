@@ -132,8 +132,15 @@ def csra_pool(
         BackendError: An explicitly chosen backend cannot run this call.
 
     Numerics:
-        Norm, softmax and pooling in fp32 (fp64 for fp64). The only backend so far is the reference, which holds the
-        (H, B, C, L) scores.
+        Matrix products in the dtype of x with fp32 sums, and scores rounded to that dtype between product and pooling
+        where they go through a scratch; norm, softmax and pooling in fp32 (fp64 for fp64). Sums run in a fixed order.
+
+    Memory:
+        Scores that take more than a constant (8 MiB on a CPU, 24 MiB on a GPU) never exist whole, forward or backward:
+        beyond inputs, output and gradients an op takes that constant, B C H fp32 statistics, and in 16 bits, where the
+        gradients are added up in chunks, an fp32 copy of the smaller one. Smaller ones are kept for backward. Under
+        torch.func and for gradients of gradients the reference keeps all scores. Maps (B, D, height, width) are read
+        where they lie; on a GPU, contiguous ones in the chunked form are copied, at most 24 MiB at a time.
 
     Source:
         CSRA, Eq. 2-8, 13 and section 3.4; Fig. 1 is H = 1, T = inf, normalize=False on a trained classifier.
