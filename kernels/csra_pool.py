@@ -340,6 +340,7 @@ def csra_fused_forward_kernel(
     weight_stride_h,
     weight_stride_c,
     weight_stride_d,
+    facts_stride,
     HEADS: tl.constexpr,
     SHARPNESS: tl.constexpr,
     HAS_SCALE: tl.constexpr,
@@ -354,7 +355,8 @@ def csra_fused_forward_kernel(
     """One program handles BLOCK_R positions, of up to SEGMENTS images, x BLOCK_N columns, and loops over the features.
 
     GROUP tiles of positions go through the columns together, so that both operands are read again from L2.
-    Writes facts[k, b, part, n] of facts (4, B, PARTS, N), k: maximum, sum of e, sum of e (s - maximum), sum of s.
+    Writes facts[k, b, part, n] of facts (4, B, PARTS, N), k: maximum, sum of e, sum of e (s - maximum), sum of s,
+    which lie facts_stride apart.
     """
     pid = tl.program_id(0)
     tiles_r, tiles_n = tl.cdiv(B * L, BLOCK_R), tl.cdiv(N, BLOCK_N)
@@ -386,7 +388,6 @@ def csra_fused_forward_kernel(
 
     sharp = _of_head(SHARPNESS, h, HEADS)
     first_image = tile_r * BLOCK_R // L
-    stride = B.to(tl.int64) * PARTS * N  # between the four facts
     # From here on s becomes s - m, image by image: a second tile of registers would not fit.
     for i in tl.static_range(SEGMENTS):
         b = first_image + i
@@ -397,7 +398,7 @@ def csra_fused_forward_kernel(
         facts_ptrs = facts_ptr + (b.to(tl.int64) * PARTS + (tile_r - b * L // BLOCK_R)) * N + offs_n
         exists = mask_n & (b < B) & (b * L < (tile_r + 1) * BLOCK_R)
         tl.store(facts_ptrs, m, mask=exists)
-        tl.store(facts_ptrs + 3 * stride, t, mask=exists)
+        tl.store(facts_ptrs + 3 * facts_stride, t, mask=exists)
     e = tl.exp2(s * sharp[None, :])
     for i in tl.static_range(SEGMENTS):
         b = first_image + i
@@ -406,8 +407,8 @@ def csra_fused_forward_kernel(
         w = tl.sum(tl.where(inside[:, None], e * s, 0.0), axis=0)
         facts_ptrs = facts_ptr + (b.to(tl.int64) * PARTS + (tile_r - b * L // BLOCK_R)) * N + offs_n
         exists = mask_n & (b < B) & (b * L < (tile_r + 1) * BLOCK_R)
-        tl.store(facts_ptrs + stride, z, mask=exists)
-        tl.store(facts_ptrs + 2 * stride, w, mask=exists)
+        tl.store(facts_ptrs + facts_stride, z, mask=exists)
+        tl.store(facts_ptrs + 2 * facts_stride, w, mask=exists)
 
 
 @triton.jit
@@ -419,6 +420,7 @@ def csra_merge_facts_kernel(
     N,
     C,
     average,
+    facts_stride,
     HEADS: tl.constexpr,
     SHARPNESS: tl.constexpr,
     INFINITE: tl.constexpr,
@@ -434,19 +436,18 @@ def csra_merge_facts_kernel(
     mask_n = offs_n < N
     h = offs_n // C
     sharp = _of_head(SHARPNESS, h, HEADS)
-    stride = B.to(tl.int64) * PARTS * N
     touched = ((b + 1) * L - 1) // ROWS - b * L // ROWS + 1
     facts_ptrs = facts_ptr + b * PARTS * N + offs_n
     m = tl.load(facts_ptrs, mask=mask_n, other=0.0)
-    z = tl.load(facts_ptrs + stride, mask=mask_n, other=1.0)
-    w = tl.load(facts_ptrs + 2 * stride, mask=mask_n, other=0.0)
-    t = tl.load(facts_ptrs + 3 * stride, mask=mask_n, other=0.0)
+    z = tl.load(facts_ptrs + facts_stride, mask=mask_n, other=1.0)
+    w = tl.load(facts_ptrs + 2 * facts_stride, mask=mask_n, other=0.0)
+    t = tl.load(facts_ptrs + 3 * facts_stride, mask=mask_n, other=0.0)
     for part in range(1, touched):
         at = facts_ptrs + part * N
         m_part = tl.load(at, mask=mask_n, other=0.0)
-        z_part = tl.load(at + stride, mask=mask_n, other=1.0)
-        w_part = tl.load(at + 2 * stride, mask=mask_n, other=0.0)
-        t += tl.load(at + 3 * stride, mask=mask_n, other=0.0)
+        z_part = tl.load(at + facts_stride, mask=mask_n, other=1.0)
+        w_part = tl.load(at + 2 * facts_stride, mask=mask_n, other=0.0)
+        t += tl.load(at + 3 * facts_stride, mask=mask_n, other=0.0)
         m, z, w = _merge(m, z, w, m_part, z_part, w_part, sharp)
     attended = m + tl.where(_of_head(INFINITE, h, HEADS) != 0, 0.0, w / z)
     pooled = t * (average / L) + _of_head(LAM, h, HEADS) * attended
@@ -575,6 +576,7 @@ def fused_forward(
             weight_stride_h=weight.stride(0),
             weight_stride_c=weight.stride(1),
             weight_stride_d=weight.stride(2),
+            facts_stride=facts.stride(0),
             HEADS=H,
             SHARPNESS=sharpness(temperatures),
             HAS_SCALE=scale is not None,
@@ -592,6 +594,7 @@ def fused_forward(
             N=N,
             C=C,
             average=average,
+            facts_stride=facts.stride(0),
             HEADS=H,
             SHARPNESS=sharpness(temperatures),
             INFINITE=infinite(temperatures),

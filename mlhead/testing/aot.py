@@ -70,7 +70,7 @@ def variants(case: OpCase, full: bool) -> Iterator[Variant]:
     yield Variant(f"{largest} offset", case.workloads[largest], "bf16", "offset", False)
     yield Variant(f"{largest} transposed", case.workloads[largest], "fp32", "transposed", False)
     yield Variant("model expanded", case.model, "tf32", "expanded", False)
-    for dims in ragged[-2:]:
+    for dims in (*ragged[-2:], *(d for d in ragged if d["B"] == 1)):  # an argument of 1 is a constant to Triton
         yield Variant(_name(dims), dims, "fp16", all_needs=False)
 
 
