@@ -33,7 +33,8 @@ def test_records_nest() -> None:
     with mlhead.record_backends() as outer:
         with mlhead.record_backends() as inner:
             mlhead.group_fc(*_inputs(), backend="reference")
-        mlhead.csra_pool(torch.randn(1, 2, 3), torch.randn(1, 2, 3), temperatures=(1.0,), lam=0.1)
+        x = torch.randn(1, 2, 3)
+        mlhead.csra_pool(x, torch.randn(1, 2, 3), temperatures=(1.0,), lam=0.1, backend="reference")
     assert inner == {"group_fc": "reference"}
     assert outer == {"group_fc": "reference", "csra_pool": "reference"}
     assert not _backend._recorders
@@ -69,8 +70,8 @@ def test_explicit_choice_never_falls_back() -> None:
         mlhead.BackendError, match=r"group_fc: backend must be one .*got 'cuda': it runs on cuda, not on cpu"
     ):
         mlhead.group_fc(h, weight, backend="cuda")
-    with mlhead.backend("cpp"), pytest.raises(mlhead.BackendError, match="got 'cpp': it has no csra_pool"):
-        mlhead.csra_pool(torch.randn(1, 2, 3), torch.randn(1, 2, 3), temperatures=(1.0,), lam=0.1)
+    with mlhead.backend("cpp"), pytest.raises(mlhead.BackendError, match="got 'cpp': it has no query_attention"):
+        mlhead.query_attention(torch.randn(2, 4), torch.randn(1, 3, 4), torch.randn(1, 3, 4), num_heads=1)
     if _backend.interpreting():
         with pytest.raises(mlhead.BackendError, match=r"got 'triton': it has no torch.float64"):
             mlhead.group_fc(*_inputs(torch.float64), backend="triton")
