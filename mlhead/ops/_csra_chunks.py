@@ -221,7 +221,8 @@ class _Scores:
 def _norms(weight: Tensor) -> Tensor:
     """The norms of the last axis in the accumulation dtype, 1 where 0: a classifier of zeros stays zeros."""
     norm = torch.linalg.vector_norm(weight, dim=-1, dtype=accumulate_dtype(weight.dtype))
-    return torch.where(norm == 0, 1.0, norm)
+    # The view is for torch 2.11, whose fake form keeps an axis of length 1.
+    return torch.where(norm == 0, 1.0, norm).view(weight.shape[:-1])
 
 
 def finish_logits(pooled: Tensor, bias: Tensor | None, options: Options, dtype: torch.dtype) -> Tensor:
