@@ -50,7 +50,7 @@ class Machine:
 
 
 MACHINES = {
-    # Two cores of an AMD EPYC; at B=4 L=49 D=2048 C=9605 scratches of 2 to 16 MiB differ by less than 3 %.
+    # Two cores of an AMD EPYC, as measured by `make bench` on it.
     "cpu": Machine(8 << 20, 170e9, 25e9, 20e-6, 24),
     # An H100's published numbers (L2 of 50 MB); not yet measured on a GPU.
     "cuda": Machine(24 << 20, 700e12, 3.0e12, 15e-6, 96),
