@@ -134,6 +134,7 @@ def csra_pool(
     Numerics:
         Matrix products in the dtype of x with fp32 sums, and scores rounded to that dtype between product and pooling
         where they go through a scratch; norm, softmax and pooling in fp32 (fp64 for fp64). Sums run in a fixed order.
+        On the Triton backend temperatures and lam are constants of the kernels: each new list of them compiles anew.
 
     Memory:
         Scores that take more than a constant (8 MiB on a CPU, 24 MiB on a GPU) never exist whole, forward or backward:
