@@ -16,6 +16,8 @@
 //
 // Neighbouring columns may belong to different heads, so each thread looks up its own temperature and weight, in a
 // table that travels with the launch, since both are on the host. All arithmetic is in fp32, fp64 for fp64.
+//
+// Not yet run on a GPU: compiled for sm_80, sm_90 and sm_100, and its logic tested on a CPU (tests/cuda_on_cpu).
 #include "csra_pool.h"
 
 #include <cuda_bf16.h>

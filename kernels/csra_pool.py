@@ -19,13 +19,15 @@ image it touches it writes four numbers per column, which a second, small kernel
     m = max s,  z = sum e^(T (s - m)),  w = sum e^(T (s - m)) (s - m),  t = sum s
 
 Sums of s - m instead of s keep their bits where T is large. No atomics: all results are the same bits on every run.
+
+Not yet run on a GPU: compiled ahead of time for sm_80 to sm_100, its arithmetic tested in Triton's interpreter.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 
 import torch
 import triton
@@ -96,6 +98,11 @@ def pool_tile(L: int, N: int) -> PoolTile:
     return PoolTile(block_l, block_n, 4)
 
 
+def fused_rows(element_bytes: int) -> int:
+    """Positions in a tile of the fused kernel."""
+    return 128 if element_bytes == 2 else 64
+
+
 def fused_tile(N: int, element_bytes: int, device: Device) -> FusedTile:
     """128 positions by 128 classifiers where they are many, else by 64; half as many positions in fp32.
 
@@ -104,7 +111,7 @@ def fused_tile(N: int, element_bytes: int, device: Device) -> FusedTile:
     block_n = 128 if N > 64 and element_bytes == 2 and device.capability < 100 else 64
     block_d = 64 if element_bytes == 2 else 16
     stages = 3 if device.shared_bytes > 128 * 1024 else 2
-    return FusedTile(128 if element_bytes == 2 else 64, block_n, block_d, 8, stages)
+    return FusedTile(fused_rows(element_bytes), block_n, block_d, 8, stages)
 
 
 def segments(L: int, rows: int) -> int:
@@ -127,8 +134,7 @@ def forward_design(B: int, L: int, D: int, N: int, element_bytes: int, chunks: i
 
     Few and small chunks (`coco`, `voc`) are fused: launches and the way through L2 cost more than the slower product.
     """
-    rows = 128 if element_bytes == 2 else 64
-    touched = segments(L, rows)
+    touched = segments(L, fused_rows(element_bytes))
     if touched > MOST_SEGMENTS:
         return "chunked"
     scores = B * L * N
@@ -139,12 +145,14 @@ def forward_design(B: int, L: int, D: int, N: int, element_bytes: int, chunks: i
     return "fused" if fused <= chunked else "chunked"
 
 
-def sharpness(temperatures: Sequence[float]) -> tuple[float, ...]:
+@lru_cache
+def sharpness(temperatures: tuple[float, ...]) -> tuple[float, ...]:
     """The temperatures times log2 e, for exp2; 0 where infinite."""
     return tuple(0.0 if T == math.inf else T * math.log2(math.e) for T in temperatures)
 
 
-def infinite(temperatures: Sequence[float]) -> tuple[float, ...]:
+@lru_cache
+def infinite(temperatures: tuple[float, ...]) -> tuple[float, ...]:
     """1 where a temperature is infinite, else 0."""
     return tuple(float(T == math.inf) for T in temperatures)
 

@@ -50,9 +50,9 @@ class Machine:
 
 
 MACHINES = {
-    # Two cores of an AMD EPYC, as measured by `make bench` on it.
+    # Rate and bandwidth of two cores of an AMD EPYC, as `make bench` measured them; the rest is assumed.
     "cpu": Machine(8 << 20, 170e9, 25e9, 20e-6, 24),
-    # An H100's published numbers (L2 of 50 MB); not yet measured on a GPU.
+    # Assumed for an H100 (its L2 holds 50 MB); not yet measured on a GPU.
     "cuda": Machine(24 << 20, 700e12, 3.0e12, 15e-6, 96),
 }
 

@@ -138,8 +138,9 @@ def csra_pool(
 
     Memory:
         Scores that take more than a constant (8 MiB on a CPU, 24 MiB on a GPU) never exist whole, forward or backward:
-        beyond inputs, output and gradients an op takes that constant, B C H fp32 statistics, and in 16 bits, where the
-        gradients are added up in chunks, an fp32 copy of the smaller one. Smaller ones are kept for backward. Under
+        beyond inputs, output and gradients an op takes that constant, B C H fp32 statistics (Triton's fused forward:
+        four for each tile that an image touches), and in 16 bits, where gradients are added up in chunks, an fp32
+        copy of the smaller one. Smaller ones are kept for backward. Under
         torch.func and for gradients of gradients the reference keeps all scores. Maps (B, D, height, width) are read
         where they lie; on a GPU, contiguous ones in the chunked form are copied, at most 24 MiB at a time.
 
