@@ -20,12 +20,11 @@
 // Not yet run on a GPU: compiled for sm_80, sm_90 and sm_100, and its logic tested on a CPU (tests/cuda_on_cpu).
 #include "csra_pool.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
 #include <cmath>
-#include <type_traits>
+
+#include "cuda_numbers.h"
 
 namespace mlhead {
 namespace {
@@ -37,41 +36,6 @@ constexpr int kBatch = 4;   // positions that a thread has under way at once
 constexpr int kHeads = 32;  // in the table of one launch; a chunk with more is pooled by several launches
 constexpr int64_t kLargestGrid = 2147483647;
 constexpr int64_t kLargestL = 1 << 30;  // so that a position and what is added to it fit an int
-
-__host__ __device__ inline int64_t smaller(int64_t x, int64_t y) {
-  return x < y ? x : y;
-}
-__host__ __device__ inline int64_t tiles(int64_t size, int64_t tile) {
-  return (size + tile - 1) / tile;
-}
-
-template <typename T>
-using SumOf = std::conditional_t<std::is_same<T, double>::value, double, float>;
-
-template <typename T>
-__device__ T from_sum(SumOf<T> x) {
-  if constexpr (std::is_same<T, __half>::value)
-    return __float2half_rn(x);
-  else if constexpr (std::is_same<T, __nv_bfloat16>::value)
-    return __float2bfloat16_rn(x);
-  else
-    return x;
-}
-
-template <typename T>
-__device__ SumOf<T> to_sum(T x) {
-  if constexpr (std::is_same<T, __half>::value)
-    return __half2float(x);
-  else if constexpr (std::is_same<T, __nv_bfloat16>::value)
-    return __bfloat162float(x);
-  else
-    return x;
-}
-
-template <typename T, int Width>
-struct alignas(sizeof(T) * Width) Vector {
-  T x[Width];
-};
 
 // What a launch needs of its heads: temperatures and weights of those that it meets, and average / L. The first column
 // of the chunk is class `offset` of the first of them.

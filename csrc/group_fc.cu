@@ -10,25 +10,16 @@
 // whose sums are added by a second kernel in a fixed order: no atomics, the same bits on every run.
 #include "group_fc.h"
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
 #include <cuda_runtime.h>
 #include <mma.h>
 
-#include <type_traits>
+#include "cuda_numbers.h"
 
 namespace mlhead {
 namespace {
 
 constexpr int kThreads = 128;
 constexpr int64_t kLargestGrid = 2147483647;
-
-__host__ __device__ inline int64_t smaller(int64_t x, int64_t y) {
-  return x < y ? x : y;
-}
-__host__ __device__ inline int64_t tiles(int64_t size, int64_t tile) {
-  return (size + tile - 1) / tile;
-}
 
 template <typename T>
 struct Traits {
@@ -46,34 +37,9 @@ template <>
 struct Traits<__nv_bfloat16> : Traits<__half> {};
 
 template <typename T>
-__device__ T from_sum(typename Traits<T>::Sum x) {
-  if constexpr (std::is_same<T, __half>::value)
-    return __float2half_rn(x);
-  else if constexpr (std::is_same<T, __nv_bfloat16>::value)
-    return __float2bfloat16_rn(x);
-  else
-    return x;
-}
-
-template <typename T>
-__device__ typename Traits<T>::Sum to_sum(T x) {
-  if constexpr (std::is_same<T, __half>::value)
-    return __half2float(x);
-  else if constexpr (std::is_same<T, __nv_bfloat16>::value)
-    return __bfloat162float(x);
-  else
-    return x;
-}
-
-template <typename T>
 __device__ T zero() {
   return from_sum<T>(typename Traits<T>::Sum(0));
 }
-
-template <typename T, int Width>
-struct alignas(sizeof(T) * Width) Vector {
-  T x[Width];
-};
 
 // A tile of OUTER x INNER elements on its way from device memory to shared memory; rows of the shared tile are padded
 // by 16 bytes, so that the rows a warp reads lie in different banks.
