@@ -20,6 +20,7 @@ from .ops import (  # noqa: E402
     query_attention,
     query_attention_weights,
 )
+from .pretrained import head_from_public, load_public, public_state_dict  # noqa: E402
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,8 +35,11 @@ __all__ = [
     "csra_pool",
     "decompositions",
     "group_fc",
+    "head_from_public",
+    "load_public",
     "losses",
     "plain_max_score",
+    "public_state_dict",
     "query_attention",
     "query_attention_weights",
     "record_backends",
