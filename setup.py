@@ -59,8 +59,10 @@ X86_FLAGS = {
 
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 GEMM = ["csrc/gemm_baseline.cpp", "csrc/gemm_plan.cpp", "csrc/isa.cpp", *(X86_FLAGS if IS_X86 else ())]
-CPU = Extension("mlhead._mlhead_cpu", [*GEMM, "csrc/group_fc_cpu.cpp", "csrc/csra_pool_cpu.cpp"], py_limited_api=True)
-CUDA_SOURCES = [f"csrc/{op}{end}" for op in ("group_fc", "csra_pool") for end in (".cu", "_cuda.cpp")]
+CPU_SOURCES = [*GEMM, *(f"csrc/{op}_cpu.cpp" for op in ("group_fc", "csra_pool", "query_attention", "rows"))]
+CPU = Extension("mlhead._mlhead_cpu", CPU_SOURCES, py_limited_api=True)
+CUDA_OPS = ("group_fc", "csra_pool", "query_attention", "dropout_add_layer_norm", "relu_dropout")
+CUDA_SOURCES = [f"csrc/{op}{end}" for op in CUDA_OPS for end in (".cu", "_cuda.cpp")]
 CUDA = Extension("mlhead._mlhead_cuda", CUDA_SOURCES, py_limited_api=True)
 TESTS = Extension("mlhead._C", [*GEMM, *(["csrc/gemm_wide.cpp"] if IS_X86 else []), "csrc/bindings.cpp"])
 

@@ -106,11 +106,25 @@ def _sdpa_on(backend: SDPBackend) -> Baseline:
     return attention
 
 
+def dropout_add_layer_norm_eager(
+    x: Tensor, residual: Tensor, weight: Tensor, bias: Tensor, *, dropout_p: float, eps: float, **options: Any
+) -> Tensor:
+    """Three functions of torch; the masks are its own."""
+    return F.layer_norm(residual + F.dropout(x, dropout_p), x.shape[-1:], weight, bias, eps)
+
+
+def relu_dropout_eager(x: Tensor, *, dropout_p: float, **options: Any) -> Tensor:
+    """Two functions of torch."""
+    return F.dropout(F.relu(x), dropout_p)
+
+
 # The first of each op is the papers' formulation; `compiled` in run.py takes all that are listed here.
 BASELINES: dict[str, dict[str, Baseline]] = {
     "group_fc": {"papers: loop": group_fc_loop, "torch: bmm": group_fc_bmm, "torch: einsum": group_fc_einsum},
     "csra_pool": {"papers: conv": csra_pool_conv, "torch: matmul": csra_pool_matmul},
     "query_attention": {"papers: mha": query_attention_mha, "torch: sdpa": query_attention_sdpa},
+    "dropout_add_layer_norm": {"papers: dropout, add, norm": dropout_add_layer_norm_eager},
+    "relu_dropout": {"papers: relu, dropout": relu_dropout_eager},
 }
 
 # Refused shapes become rows that say so.

@@ -24,8 +24,18 @@ CPU_WORKLOADS: dict[str, dict[str, Mapping[str, Any]]] = {
         "coco-8": {"B": 8, "L": 196, "D": 2048, "H": 6, "C": 80, "map": True},
         "openimages-4": {"B": 4, "L": 49, "D": 2048, "H": 1, "C": 9605, "map": True},
     },
+    "query_attention": {"coco-16": {"B": 16, "L": 196, "E": 768, "G": 100}},
+    "dropout_add_layer_norm": {"openimages-16": {"B": 16, "N": 100, "E": 768, "dropout": 0.1}},
+    "relu_dropout": {"openimages-16": {"B": 16, "N": 100, "F": 2048, "dropout": 0.1}},
 }
-QUICK = {"group_fc": ("openimages-64", "small"), "csra_pool": ("coco-8", "small")}
+# What --quick takes on a CPU and on a GPU.
+QUICK: dict[str, dict[str, tuple[str, ...]]] = {
+    "group_fc": {"cpu": ("openimages-64", "small"), "cuda": ("openimages", "small")},
+    "csra_pool": {"cpu": ("coco-8", "small"), "cuda": ("coco", "small")},
+    "query_attention": {"cpu": ("coco-16", "small"), "cuda": ("imagenet", "small")},
+    "dropout_add_layer_norm": {"cpu": ("openimages-16",), "cuda": ("imagenet",)},
+    "relu_dropout": {"cpu": ("openimages-16",), "cuda": ("imagenet",)},
+}
 CPU_FLOPS = {False: 32e9, True: 6e9}
 CPU_ELEMENTS = 1 << 26
 # What is larger is verified at fewer classes, and at its own size against plain torch.
@@ -113,7 +123,7 @@ def groups(
         elif workloads:
             available = {name: dims for name, dims in available.items() if name in workloads}
         elif quick:
-            available = {n: d for n, d in available.items() if n in QUICK.get(op, ("coco", "small"))}
+            available = {n: d for n, d in available.items() if n in QUICK.get(op, {}).get(device, ("coco", "small"))}
         for name, dims in available.items():
             place = ORDER.index(name) if name in ORDER else -1
             for turn, dtype in enumerate(dtypes or default):

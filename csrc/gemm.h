@@ -18,8 +18,10 @@
 #include <cstdint>
 #include <optional>
 
+#include "attention.h"
 #include "dtypes.h"
 #include "pool.h"
+#include "rows.h"
 
 namespace mlhead {
 
@@ -32,7 +34,8 @@ struct Gemm {
   int64_t b_k, b_n;
   void* c;
   int64_t c_m, c_n;
-  const void* bias;  // (N), in the accumulation type, contiguous; or null
+  const void* bias;         // (N), in the accumulation type, contiguous; or null
+  bool accumulate = false;  // add to C, whose columns are then contiguous; not for 16-bit types
 };
 
 enum class VectorAxis { n, m, k };
@@ -70,6 +73,17 @@ struct Kernels {
   void (*unit_row_backward[kDtypes])(const UnitRowTask& task);
   void (*unit_row_backward_accumulated[kDtypes])(const UnitRowTask& task);
 
+  // One row of dropout_add_layer_norm and of relu_dropout.
+  void (*norm_row[kDtypes])(const NormRow& task);
+  void (*norm_row_backward[kDtypes])(const NormRow& task);
+  void (*relu_row[kDtypes])(const ReluRow& task);
+  void (*relu_row_backward[kDtypes])(const ReluRow& task);
+  // The cross-attention of one head and one image; packed_bytes and pack_queries are for queries shared by all images.
+  void (*attend_forward[kDtypes])(const AttentionTask& task);
+  void (*attend_backward[kDtypes])(const AttentionTask& task);
+  void (*pack_queries[kDtypes])(const AttentionTask& task, void* packed);
+  int64_t (*packed_bytes[kDtypes])(int64_t G, int64_t d, int64_t most_queries);
+
   int64_t lanes(Dtype dtype) const { return vector_bytes / (dtype == Dtype::f64 ? 8 : 4); }
 };
 
@@ -78,7 +92,9 @@ const Kernels& kernels();
 // By name (baseline, avx2, avx512), or null where this build or this processor has it not.
 const Kernels* kernels_by_name(const char* name);
 
-// At least `bytes` of memory aligned to 64, one block per thread, reused from call to call (at most a megabyte or two).
-void* thread_scratch(int64_t bytes);
+// At least `bytes` of memory aligned to 64, reused from call to call (a megabyte or two). A thread has two such blocks:
+// one for products, and one for kernels that are made of products.
+inline constexpr int kProductScratch = 0, kAttentionScratch = 1;
+void* thread_scratch(int64_t bytes, int block = kProductScratch);
 
 }  // namespace mlhead

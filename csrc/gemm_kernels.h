@@ -17,6 +17,7 @@
 #include "micro_kernel.h"
 #include "pack.h"
 #include "pool_kernels.h"
+#include "rows_kernels.h"
 
 namespace mlhead::MLHEAD_ISA {
 
@@ -26,10 +27,10 @@ inline constexpr int kFewColumns = 3;
 template <typename T>
 struct Scratch {
   T* part[3];
-  Scratch(int64_t count0, int64_t count1, int64_t count2) {
+  Scratch(int64_t count0, int64_t count1, int64_t count2, int block = kProductScratch) {
     constexpr int64_t line = 64 / int64_t(sizeof(T));
     const int64_t begin1 = divide_up(count0, line) * line, begin2 = begin1 + divide_up(count1, line) * line;
-    part[0] = static_cast<T*>(thread_scratch((begin2 + count2) * int64_t(sizeof(T))));
+    part[0] = static_cast<T*>(thread_scratch((begin2 + count2) * int64_t(sizeof(T)), block));
     part[1] = part[0] + begin1;
     part[2] = part[0] + begin2;
   }
@@ -172,7 +173,7 @@ static void run_n(const Gemm& g, const Plan& plan, int64_t m0, int64_t m1, int64
         t.begin = v0 * L - n;
         t.end = min(w, columns - few - n);
         t.bias = bias ? bias + n : nullptr;
-        t.accumulate = kb > 0;
+        t.accumulate = kb > 0 || g.accumulate;
         const int64_t step = rows_of(int(vectors));
         for (int64_t m = 0; m < a.rows; m += step) {
           const bool first = m == 0 && !pack_b;  // reads B in place, and packs it if more rows follow
@@ -184,7 +185,7 @@ static void run_n(const Gemm& g, const Plan& plan, int64_t m0, int64_t m1, int64
         }
       }
       for (int64_t n = columns - few, i = 0; n < columns; ++n, ++i)
-        run_column<T>(a, K, b_columns + i * K, c + n, c_m, kb > 0, bias ? bias[n] : T(0));
+        run_column<T>(a, K, b_columns + i * K, c + n, c_m, kb > 0 || g.accumulate, bias ? bias[n] : T(0));
       if (plan.scratch_c && last)
         write_block<T, S>(a.rows, columns, c, c_width, static_cast<S*>(g.c) + (m0 + mb) * g.c_m + n0 * g.c_n, g.c_m,
                           g.c_n);
@@ -264,6 +265,12 @@ static void column_sum(const void* x, int64_t rows, int64_t columns, int64_t str
   }
 }
 
+}  // namespace mlhead::MLHEAD_ISA
+
+#include "attention_kernels.h"
+
+namespace mlhead::MLHEAD_ISA {
+
 inline constexpr Kernels kKernels = {
     MLHEAD_ISA_NAME,
     MLHEAD_VECTOR_BYTES,
@@ -275,6 +282,14 @@ inline constexpr Kernels kKernels = {
      unit_row_backward<BFloat16, BFloat16>},
     {unit_row_backward<float, float>, unit_row_backward<double, double>, unit_row_backward<Half, float>,
      unit_row_backward<BFloat16, float>},
+    {norm_row<float>, norm_row<double>, norm_row<Half>, norm_row<BFloat16>},
+    {norm_row_backward<float>, norm_row_backward<double>, norm_row_backward<Half>, norm_row_backward<BFloat16>},
+    {relu_row<float>, relu_row<double>, relu_row<Half>, relu_row<BFloat16>},
+    {relu_row_backward<float>, relu_row_backward<double>, relu_row_backward<Half>, relu_row_backward<BFloat16>},
+    {attend_forward<float>, attend_forward<double>, attend_forward<Half>, attend_forward<BFloat16>},
+    {attend_backward<float>, attend_backward<double>, attend_backward<Half>, attend_backward<BFloat16>},
+    {pack_queries<float>, pack_queries<double>, pack_queries<Half>, pack_queries<BFloat16>},
+    {packed_bytes<float>, packed_bytes<double>, packed_bytes<Half>, packed_bytes<BFloat16>},
 };
 
 }  // namespace mlhead::MLHEAD_ISA

@@ -57,7 +57,7 @@ double cost_k(const Gemm& g, int64_t lanes) {
 }  // namespace
 
 Gemm exchanged(const Gemm& g) {
-  return {g.dtype, g.N, g.M, g.K, g.b, g.b_n, g.b_k, g.a, g.a_k, g.a_m, g.c, g.c_n, g.c_m, g.bias};
+  return {g.dtype, g.N, g.M, g.K, g.b, g.b_n, g.b_k, g.a, g.a_k, g.a_m, g.c, g.c_n, g.c_m, g.bias, g.accumulate};
 }
 
 Plan plan_gemm(const Gemm& gemm, int64_t lanes, int64_t copies, std::optional<VectorAxis> axis) {
@@ -70,6 +70,7 @@ Plan plan_gemm(const Gemm& gemm, int64_t lanes, int64_t copies, std::optional<Ve
               : along_m <= along_k                     ? VectorAxis::m
                                                        : VectorAxis::k;
   if (axis) plan.axis = *axis;
+  if (g.accumulate) plan.axis = VectorAxis::n;  // the only one that finds C as it left it
   if (plan.axis == VectorAxis::m) g = exchanged(g);
 
   const int64_t size = is_16_bit(g.dtype) ? 4 : element_size(g.dtype);  // of the accumulation type

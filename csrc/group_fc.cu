@@ -11,9 +11,9 @@
 #include "group_fc.h"
 
 #include <cuda_runtime.h>
-#include <mma.h>
 
 #include "cuda_numbers.h"
+#include "cuda_tiles.h"
 
 namespace mlhead {
 namespace {
@@ -23,60 +23,16 @@ constexpr int64_t kLargestGrid = 2147483647;
 
 template <typename T>
 struct Traits {
-  static constexpr bool tensor_cores = false;
   using Sum = T;
   static constexpr int M = 64, N = std::is_same<T, double>::value ? 32 : 64, K = 16;
 };
 template <>
 struct Traits<__half> {
-  static constexpr bool tensor_cores = true;
   using Sum = float;
   static constexpr int M = 64, N = 64, K = 32;
 };
 template <>
 struct Traits<__nv_bfloat16> : Traits<__half> {};
-
-template <typename T>
-__device__ T zero() {
-  return from_sum<T>(typename Traits<T>::Sum(0));
-}
-
-// A tile of OUTER x INNER elements on its way from device memory to shared memory; rows of the shared tile are padded
-// by 16 bytes, so that the rows a warp reads lie in different banks.
-template <typename T, int OUTER, int INNER, int WIDTH>
-struct Stage {
-  static constexpr int kPitch = INNER + 16 / int(sizeof(T));
-  static constexpr int kAcross = INNER / WIDTH;     // threads along one row
-  static constexpr int kRows = kThreads / kAcross;  // rows at a time
-  static constexpr int kEach = OUTER / kRows;
-  static_assert(kAcross * kRows == kThreads && kEach * kRows == OUTER, "every thread moves as much, in one column");
-  Vector<T, WIDTH> held[kEach];
-
-  __device__ static int inner() { return int(threadIdx.x) % kAcross * WIDTH; }
-  __device__ static int outer() { return int(threadIdx.x) / kAcross; }
-
-  // What lies outside the limits is 0. A WIDTH over 1 needs an inner stride of 1 and 16-byte aligned rows.
-  __device__ void load(const T* origin, int64_t outer_stride, int64_t inner_stride, int64_t outers, int64_t inners) {
-    const int rows = int(smaller(outers, OUTER)), columns = int(smaller(inners, INNER)) - inner();
-    const T* at = origin + outer() * outer_stride + inner() * inner_stride;
-#pragma unroll
-    for (int i = 0; i < kEach; ++i, at += kRows * outer_stride) {
-      const bool row = outer() + i * kRows < rows;
-      if (WIDTH > 1 && row && columns >= WIDTH) {
-        held[i] = *reinterpret_cast<const Vector<T, WIDTH>*>(at);
-      } else {
-#pragma unroll
-        for (int v = 0; v < WIDTH; ++v) held[i].x[v] = row && v < columns ? at[v * inner_stride] : zero<T>();
-      }
-    }
-  }
-
-  __device__ void store(T* tile) const {
-#pragma unroll
-    for (int i = 0; i < kEach; ++i)
-      *reinterpret_cast<Vector<T, WIDTH>*>(tile + (outer() + i * kRows) * kPitch + inner()) = held[i];
-  }
-};
 
 // How a role lays out its operand tiles: whether k is the inner axis of a, and n the inner axis of b.
 template <Product ROLE>
@@ -85,102 +41,15 @@ struct Layout {
   static constexpr bool b_inner_is_n = ROLE != Product::dh;
 };
 
-// sums(M x N) += a(M x K) b(K x N) of the shared tiles, kept in registers until `finish` writes them to shared memory.
-template <typename T, Product ROLE, bool TENSOR_CORES = Traits<T>::tensor_cores>
-struct Multiply;
-
-// Four warps in 2 x 2, each 32 x 32 as 2 x 2 fragments.
-template <typename T, Product ROLE>
-struct Multiply<T, ROLE, true> {
-  using R = Traits<T>;
-  using RowMajor = nvcuda::wmma::row_major;
-  using ColMajor = nvcuda::wmma::col_major;
-  using A = std::conditional_t<Layout<ROLE>::a_inner_is_k, RowMajor, ColMajor>;
-  using B = std::conditional_t<Layout<ROLE>::b_inner_is_n, RowMajor, ColMajor>;
-  nvcuda::wmma::fragment<nvcuda::wmma::accumulator, 16, 16, 16, float> sums[2][2];
-
-  __device__ Multiply() {
-#pragma unroll
-    for (int i = 0; i < 4; ++i) nvcuda::wmma::fill_fragment(sums[i / 2][i % 2], 0.0f);
-  }
-  __device__ static int m0() { return int(threadIdx.x) / 64 * 32; }
-  __device__ static int n0() { return int(threadIdx.x) / 32 % 2 * 32; }
-
-  __device__ void step(const T* a, int a_pitch, const T* b, int b_pitch) {
-#pragma unroll
-    for (int k = 0; k < R::K; k += 16) {
-      nvcuda::wmma::fragment<nvcuda::wmma::matrix_a, 16, 16, 16, T, A> fa[2];
-      nvcuda::wmma::fragment<nvcuda::wmma::matrix_b, 16, 16, 16, T, B> fb[2];
-#pragma unroll
-      for (int i = 0; i < 2; ++i) {
-        const int m = m0() + 16 * i, n = n0() + 16 * i;
-        const T* a_at = Layout<ROLE>::a_inner_is_k ? a + m * a_pitch + k : a + k * a_pitch + m;
-        const T* b_at = Layout<ROLE>::b_inner_is_n ? b + k * b_pitch + n : b + n * b_pitch + k;
-        nvcuda::wmma::load_matrix_sync(fa[i], a_at, a_pitch);
-        nvcuda::wmma::load_matrix_sync(fb[i], b_at, b_pitch);
-      }
-#pragma unroll
-      for (int i = 0; i < 4; ++i) nvcuda::wmma::mma_sync(sums[i / 2][i % 2], fa[i / 2], fb[i % 2], sums[i / 2][i % 2]);
-    }
-  }
-
-  __device__ void finish(float* tile, int pitch) const {
-#pragma unroll
-    for (int i = 0; i < 4; ++i)
-      nvcuda::wmma::store_matrix_sync(tile + (m0() + i / 2 * 16) * pitch + n0() + i % 2 * 16, sums[i / 2][i % 2], pitch,
-                                      nvcuda::wmma::mem_row_major);
-  }
-};
-
-// 8 x 16 threads; a thread owns every 8th row and every 16th column.
-template <typename T, Product ROLE>
-struct Multiply<T, ROLE, false> {
-  using R = Traits<T>;
-  static constexpr int kRows = R::M / 8, kColumns = R::N / 16;
-  T sums[kRows][kColumns];
-
-  __device__ Multiply() {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) sums[i][j] = T(0);
-  }
-  __device__ static int m0() { return int(threadIdx.x) / 16; }
-  __device__ static int n0() { return int(threadIdx.x) % 16; }
-
-  __device__ void step(const T* a, int a_pitch, const T* b, int b_pitch) {
-#pragma unroll
-    for (int k = 0; k < R::K; ++k) {
-      T x[kRows], y[kColumns];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i)
-        x[i] = Layout<ROLE>::a_inner_is_k ? a[(m0() + 8 * i) * a_pitch + k] : a[k * a_pitch + m0() + 8 * i];
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j)
-        y[j] = Layout<ROLE>::b_inner_is_n ? b[k * b_pitch + n0() + 16 * j] : b[(n0() + 16 * j) * b_pitch + k];
-#pragma unroll
-      for (int i = 0; i < kRows; ++i)
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) sums[i][j] += x[i] * y[j];
-    }
-  }
-
-  __device__ void finish(T* tile, int pitch) const {
-#pragma unroll
-    for (int i = 0; i < kRows; ++i)
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) tile[(m0() + 8 * i) * pitch + n0() + 16 * j] = sums[i][j];
-  }
-};
-
 template <typename T, Product ROLE, int WIDTH>
 struct Shared {
   using R = Traits<T>;
   using Sum = typename R::Sum;
-  using StageA =
-      std::conditional_t<Layout<ROLE>::a_inner_is_k, Stage<T, R::M, R::K, WIDTH>, Stage<T, R::K, R::M, WIDTH>>;
-  using StageB =
-      std::conditional_t<Layout<ROLE>::b_inner_is_n, Stage<T, R::K, R::N, WIDTH>, Stage<T, R::N, R::K, WIDTH>>;
+  template <int OUTER, int INNER>
+  using Stage = TileStage<T, kThreads, OUTER, INNER, WIDTH>;
+  using StageA = std::conditional_t<Layout<ROLE>::a_inner_is_k, Stage<R::M, R::K>, Stage<R::K, R::M>>;
+  using StageB = std::conditional_t<Layout<ROLE>::b_inner_is_n, Stage<R::K, R::N>, Stage<R::N, R::K>>;
+  using Multiply = TileProduct<T, kThreads, R::M, R::N, R::K, Layout<ROLE>::a_inner_is_k, Layout<ROLE>::b_inner_is_n>;
   static constexpr int kOutPitch = R::N + 16 / int(sizeof(Sum));
   static constexpr int kA = (Layout<ROLE>::a_inner_is_k ? R::M : R::K) * StageA::kPitch;
   static constexpr int kB = (Layout<ROLE>::b_inner_is_n ? R::K : R::N) * StageB::kPitch;
@@ -220,18 +89,19 @@ __global__ void __launch_bounds__(kThreads, 2)
   const T* const b = static_cast<const T*>(p.b) + g * p.b_g + n0 * p.b_n;
   typename S::StageA stage_a;
   typename S::StageB stage_b;
+  const auto most = [](int64_t left, int64_t tile) { return int(smaller(left, tile)); };
   const auto load = [&](int64_t k) {
     if constexpr (Layout<ROLE>::a_inner_is_k)
-      stage_a.load(a + k * p.a_k, p.a_m, p.a_k, p.M - m0, k_end - k);
+      stage_a.load(a + k * p.a_k, p.a_m, p.a_k, most(p.M - m0, R::M), most(k_end - k, R::K));
     else
-      stage_a.load(a + k * p.a_k, p.a_k, p.a_m, k_end - k, p.M - m0);
+      stage_a.load(a + k * p.a_k, p.a_k, p.a_m, most(k_end - k, R::K), most(p.M - m0, R::M));
     if constexpr (Layout<ROLE>::b_inner_is_n)
-      stage_b.load(b + k * p.b_k, p.b_k, p.b_n, k_end - k, n_end - n0);
+      stage_b.load(b + k * p.b_k, p.b_k, p.b_n, most(k_end - k, R::K), most(n_end - n0, R::N));
     else
-      stage_b.load(b + k * p.b_k, p.b_n, p.b_k, n_end - n0, k_end - k);
+      stage_b.load(b + k * p.b_k, p.b_n, p.b_k, most(n_end - n0, R::N), most(k_end - k, R::K));
   };
 
-  Multiply<T, ROLE> multiply;
+  typename S::Multiply multiply;
   const int64_t k_begin = part * part_k;
   if (k_begin < k_end && n0 < n_end) {  // the same for all threads of the block
     load(k_begin);

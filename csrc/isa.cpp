@@ -50,8 +50,9 @@ struct Block {
 };
 }  // namespace
 
-void* thread_scratch(int64_t bytes) {
-  thread_local Block block;
+void* thread_scratch(int64_t bytes, int which) {
+  thread_local Block blocks[2];
+  Block& block = blocks[which];
   if (block.bytes < bytes) {
     std::free(block.data);
     block.bytes = 0;

@@ -25,7 +25,7 @@ struct ExpConstants<float> {
   using Bits = int32_t;
   static constexpr float lowest = -87.0f, magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   static constexpr Bits magic_bits = 0x4b400000;
-  static constexpr int mantissa = 23, degree = 6;
+  static constexpr int mantissa = 23, degree = 7;
   static constexpr float ln2_high = 0.693359375f, ln2_low = -2.12194440e-4f;
 };
 template <>

@@ -11,14 +11,17 @@ if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "__init__.py
 from . import losses  # noqa: E402
 from ._backend import BackendError, backend, record_backends  # noqa: E402
 from .backbones import attach_head, with_max_score  # noqa: E402
+from .flops import register_flop_formulas  # noqa: E402
 from .heads import CSRAHead, GAPHead, MLDecoder, TransformerDecoder, plain_max_score  # noqa: E402
 from .ops import (  # noqa: E402
     csra_attention,
     csra_pool,
     decompositions,
+    dropout_add_layer_norm,
     group_fc,
     query_attention,
     query_attention_weights,
+    relu_dropout,
 )
 from .pretrained import head_from_public, load_public, public_state_dict  # noqa: E402
 
@@ -34,6 +37,7 @@ __all__ = [
     "csra_attention",
     "csra_pool",
     "decompositions",
+    "dropout_add_layer_norm",
     "group_fc",
     "head_from_public",
     "load_public",
@@ -43,5 +47,7 @@ __all__ = [
     "query_attention",
     "query_attention_weights",
     "record_backends",
+    "register_flop_formulas",
+    "relu_dropout",
     "with_max_score",
 ]

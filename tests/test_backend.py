@@ -64,12 +64,13 @@ def test_explicit_choice_under_torch_func_is_an_error() -> None:
         torch.func.grad(lambda h: mlhead.group_fc(h, weight, backend="cpp").sum())(h)
 
 
-def test_explicit_choice_never_falls_back() -> None:
+def test_explicit_choice_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> None:
     h, weight = _inputs()
     with pytest.raises(
         mlhead.BackendError, match=r"group_fc: backend must be one .*got 'cuda': it runs on cuda, not on cpu"
     ):
         mlhead.group_fc(h, weight, backend="cuda")
+    monkeypatch.delitem(_backend.implementations("query_attention"), "cpp")
     with mlhead.backend("cpp"), pytest.raises(mlhead.BackendError, match="got 'cpp': it has no query_attention"):
         mlhead.query_attention(torch.randn(2, 4), torch.randn(1, 3, 4), torch.randn(1, 3, 4), num_heads=1)
     if _backend.interpreting():

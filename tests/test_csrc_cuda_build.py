@@ -13,8 +13,16 @@ SOURCES = sorted((Path(__file__).parent.parent / "csrc").glob("*.cu"))
 NVCC = shutil.which("nvcc")
 STATIC_SHARED_BYTES = 48 * 1024
 # Types, roles and widths: group_fc has 21 products, 4 sums of parts and 4 column sums; csra_pool has 6 of
-# either pass and 6 of the gradient through the norm.
-KERNELS = {"group_fc": 29, "csra_pool": 18}
+# either pass and 6 of the gradient through the norm; query_attention has 7 of each of its four results, 4 row products
+# and 4 sums of chunks; dropout_add_layer_norm has 16 of either pass, 4 column sums and 4 sums of parts; relu_dropout
+# has 8 of either pass.
+KERNELS = {
+    "group_fc": 29,
+    "csra_pool": 18,
+    "query_attention": 36,
+    "dropout_add_layer_norm": 40,
+    "relu_dropout": 16,
+}
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _FUNCTION = re.compile(r"Function : (\S+)")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")

@@ -94,30 +94,6 @@ def test_transformer_decoder_is_torchs_layer(training: bool) -> None:
     torch.testing.assert_close(head(x), expected)
 
 
-def test_query_dropout_differs_per_image() -> None:
-    """The sum q + dropout(q) draws a mask per image, as expanded queries do; without dropout the path is shared."""
-    layer = MLDecoder(D, C, groups=3, **{**SMALL, "dropout": 0.5}).layers[0]
-    q = torch.randn(3, E)
-    torch.manual_seed(5)
-    t = layer.queries(q, 4, dropout=True)
-    torch.manual_seed(5)
-    torch.testing.assert_close(t, layer.norm1(q + F.dropout(q.expand(4, 3, E), 0.5)), rtol=0, atol=0)
-    assert not torch.equal(t[0], t[1])
-    assert layer.queries(q, 4, dropout=False).shape == (3, E)
-
-
-@every_decoder
-def test_query_path_is_shared_unless_dropout_forbids(make: Callable[..., Head]) -> None:
-    """What norm1 sees: (G, E) in evaluation and at dropout 0, (B, G, E) in training with dropout."""
-    for dropout, training, shared in ((0.1, False, True), (0.0, True, True), (0.1, True, False)):
-        head = make(dropout=dropout).train(training)
-        seen: list[tuple[int, ...]] = []
-        head.layers[0].norm1.register_forward_hook(lambda m, i, o, seen=seen: seen.append(tuple(i[0].shape)))
-        head(torch.randn(4, 5, D))
-        G = head.groups
-        assert seen == [(G, E) if shared else (4, G, E)]
-
-
 @every_decoder
 def test_dropout_is_active_in_training_only(make: Callable[..., Head]) -> None:
     """Equal images get different logits in training, through each place of dropout, and equal ones in evaluation."""
@@ -127,15 +103,6 @@ def test_dropout_is_active_in_training_only(make: Callable[..., Head]) -> None:
     assert not torch.allclose(first, second)
     first, second = head.eval()(x)
     torch.testing.assert_close(first, second)
-
-
-def test_attention_dropout_reaches_the_op() -> None:
-    """With dropout on the attention weights alone two calls differ."""
-    attention = MLDecoder(D, C, groups=3, **{**SMALL, "dropout": 0.5}).layers[0].multihead_attn
-    t, memory = torch.randn(3, E), torch.randn(2, 5, E)
-    assert not torch.allclose(attention(t, memory), attention(t, memory))
-    attention.eval()
-    torch.testing.assert_close(attention(t, memory), attention(t, memory))
 
 
 def test_state_dict_has_the_public_keys() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mlhead import csra_attention, csra_pool, group_fc, query_attention
+from mlhead import csra_attention, csra_pool, dropout_add_layer_norm, group_fc, query_attention, relu_dropout
 
 H, W = torch.zeros(2, 3, 4), torch.zeros(3, 4, 5)
 X, M = torch.zeros(2, 6, 4), torch.zeros(2, 5, 4)
@@ -96,6 +96,23 @@ CASES: list[tuple[Any, tuple, dict, type[Exception], str]] = [
         "key_mask must be a bool tensor, True = attend",
     ),
     (query_attention, (Q, K, K, 2), {"dropout_p": 0.1, "seed": K}, ValueError, "seed must be an int64 scalar tensor"),
+    (dropout_add_layer_norm, (Q, K, Q[0], Q[0]), {}, ValueError, r"x must be \(B, N, E\), got \(3, 8\)"),
+    (dropout_add_layer_norm, (K, K[:1], Q[0], Q[0]), {}, ValueError, r"residual must be .* = \(2, 5, 8\), got \(1, 5"),
+    (dropout_add_layer_norm, (K, K.half(), Q[0], Q[0]), {}, TypeError, "residual must be torch.float32 like x"),
+    (dropout_add_layer_norm, (K, K, Q, Q[0]), {}, ValueError, r"weight must be \(E,\) = \(8,\), got \(3, 8\)"),
+    (
+        dropout_add_layer_norm,
+        (K, K, Q[0].half(), Q[0].half()),
+        {},
+        TypeError,
+        "weight must be torch.float32 like x, or torch.float32, got torch.float16",
+    ),
+    (dropout_add_layer_norm, (K, K, Q[0], Q[0].double()), {}, TypeError, "bias must be torch.float32 like weight"),
+    (dropout_add_layer_norm, (K, K, Q[0], Q[0]), {"eps": -1.0}, ValueError, "eps must be at least 0, got -1.0"),
+    (dropout_add_layer_norm, (K, K, Q[0], Q[0]), {"dropout_p": 1.5}, ValueError, "dropout_p must be in"),
+    (relu_dropout, (Q,), {}, ValueError, r"x must be \(B, N, F\), got \(3, 8\)"),
+    (relu_dropout, (K.long(),), {}, TypeError, "x must be of a floating dtype"),
+    (relu_dropout, (K,), {"dropout_p": 0.1, "seed": 0.5}, TypeError, "seed must be an int"),
 ]
 
 

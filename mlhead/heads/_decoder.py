@@ -39,6 +39,7 @@ class DecoderHead(Head):
         group_init: str,
         prior: float | None,
         self_attention: bool,
+        shared_query_dropout: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
@@ -54,6 +55,7 @@ class DecoderHead(Head):
                     feedforward_dim,
                     dropout,
                     self_attention=self_attention,
+                    shared_query_dropout=shared_query_dropout,
                     device=device,
                     dtype=dtype,
                 )

@@ -5,12 +5,16 @@ Parameter names are those of torch's TransformerDecoderLayer, which public check
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from ..ops import query_attention, query_attention_weights
+from ..ops import dropout_add_layer_norm, query_attention, query_attention_weights, relu_dropout
+from ._absorb import absorbs
 
 
 class Attention(nn.Module):
@@ -47,14 +51,50 @@ class Attention(nn.Module):
         E = self.embed_dim
         return F.linear(memory, self.in_proj_weight[E : 2 * E], self.in_proj_bias[E : 2 * E])
 
-    def forward(self, t: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Tensor:
-        """Queries t (G, E) or (B, G, E) over memory (B, L, E): (B, G, E)."""
-        E = self.embed_dim
-        keys_values = F.linear(memory, self.in_proj_weight[E:], self.in_proj_bias[E:])
-        k, v = keys_values.split(E, dim=-1)
-        dropout_p = self.dropout if self.training else 0.0
-        out = query_attention(self.query(t), k, v, self.num_heads, dropout_p=dropout_p, key_mask=key_mask)
-        return self.out_proj(out)
+    def forward(
+        self,
+        t: Tensor,
+        memory: Tensor,
+        key_mask: Tensor | None = None,
+        *,
+        dropout_p: float = 0.0,
+        seed: Tensor | None = None,
+    ) -> Tensor:
+        """Queries t (G, E) or (B, G, E) over memory (B, L, E): (B, G, E).
+
+        A bias of the keys shifts all scores of a query alike and changes nothing: it is left out, and its gradient is
+        0. That of the values passes straight to the output where the weights of a query sum to 1.
+        """
+        B, L, E = memory.shape
+        sums_to_one = dropout_p == 0.0 and key_mask is None
+        options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "key_mask": key_mask}
+        device_type = memory.device.type
+        if absorbs(B, t.shape[-2], L, E, self.num_heads, shared=t.ndim == 2, device_type=device_type):
+            out = self._attend_absorbed(t, memory, sums_to_one, options)
+        else:
+            value_bias = None if sums_to_one else F.pad(self.in_proj_bias[2 * E :], (E, 0))
+            k, v = F.linear(memory, self.in_proj_weight[E:], value_bias).split(E, dim=-1)
+            out = query_attention(self.query(t), k, v, self.num_heads, **options)
+        if not sums_to_one:
+            return self.out_proj(out)
+        weight = self.out_proj.weight
+        return F.linear(out, weight, self.out_proj.bias + F.linear(self.in_proj_bias[2 * E :], weight))
+
+    def _attend_absorbed(self, t: Tensor, memory: Tensor, sums_to_one: bool, options: dict[str, Any]) -> Tensor:
+        """Attention before out_proj with the projections of keys and values on the queries' side (see `_absorb`)."""
+        H, E = self.num_heads, self.embed_dim
+        G, d = t.shape[-2], E // H
+        key_weight, value_weight = self.in_proj_weight[E:].unflatten(0, (2, H, d))
+        queries = torch.einsum("...ghd,hde->...hge", self.query(t).unflatten(-1, (H, d)), key_weight).flatten(-3, -2)
+        if not sums_to_one:
+            # A feature that is 1 everywhere carries the sum of a query's weights to the values' bias; eight, so that
+            # rows stay aligned.
+            memory, queries = F.pad(memory, (0, 8), value=1.0), F.pad(queries, (0, 8))
+            bias = F.pad(self.in_proj_bias[2 * E :].view(H, d, 1), (0, 7))
+            value_weight = torch.cat((value_weight, bias), dim=-1)
+        # One head of the memory's width: the op divides by the root of that width.
+        out = query_attention(queries * math.sqrt(memory.shape[-1] / d), memory, memory, 1, **options)
+        return torch.einsum("bhge,hde->bghd", out.unflatten(1, (H, G)), value_weight).flatten(-2)
 
     def attend_to_itself(self, t: Tensor, dropout_p: float) -> Tensor:
         """Self-attention of queries (G, E) or (B, G, E)."""
@@ -78,7 +118,7 @@ class DecoderLayer(nn.Module):
     t = LN3(t + dropout(linear2(dropout(relu(linear1(t))))))
 
     As long as no dropout tells the images apart, t up to LN1 is computed once, as (G, E), for the whole batch. In
-    training every image draws its own masks, also that of the queries.
+    training every image draws its own masks, also that of the queries, unless `shared_query_dropout` is set.
 
     Args:
         embed_dim: E.
@@ -86,6 +126,8 @@ class DecoderLayer(nn.Module):
         feedforward_dim: Width between linear1 and linear2.
         dropout: Rate in [0, 1) of all dropouts, that on the attention weights included.
         self_attention: Whether the queries attend to one another first.
+        shared_query_dropout: Whether all images of a batch share the masks before LN1, so that in training too the
+            query path is computed once.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -101,6 +143,7 @@ class DecoderLayer(nn.Module):
         dropout: float,
         *,
         self_attention: bool,
+        shared_query_dropout: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -111,7 +154,7 @@ class DecoderLayer(nn.Module):
         if embed_dim % num_heads:
             _check.fail(where, "num_heads", f"a divisor of embed_dim = {embed_dim}", num_heads)
         _check.check_probability(where, "dropout", dropout)
-        self.dropout = dropout
+        self.dropout, self.shared_query_dropout = dropout, shared_query_dropout
         attention = (embed_dim, num_heads, dropout, device, dtype)
         self.self_attn = Attention(*attention) if self_attention else None
         self.multihead_attn = Attention(*attention)
@@ -126,25 +169,33 @@ class DecoderLayer(nn.Module):
         for module in self.children():
             module.reset_parameters()  # type: ignore[operator]
 
-    def _drop(self, t: Tensor) -> Tensor:
-        return F.dropout(t, self.dropout, self.training)
-
-    def queries(self, q: Tensor, batch: int, dropout: bool) -> Tensor:
-        """The query path up to LN1 of q (G, E): (G, E) without dropout, (batch, G, E) with it."""
-        if dropout:
-            q = q.expand(batch, *q.shape)
-        rate = self.dropout if dropout else 0.0
-        residual = q if self.self_attn is None else self.self_attn.attend_to_itself(q, rate)
-        return self.norm1(q + F.dropout(residual, rate, dropout))
+    def queries(self, q: Tensor, batch: int, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+        """The query path up to LN1 of q (G, E): (batch, G, E) where every image has its own dropout, else (G, E)."""
+        alike = dropout_p == 0.0 or self.shared_query_dropout
+        t = q.expand(1 if alike else batch, *q.shape)
+        residual = t if self.self_attn is None else self.self_attn.attend_to_itself(t, dropout_p)
+        t = _add_norm(residual, t, self.norm1, dropout_p, seed)
+        return t[0] if alike else t
 
     def forward(self, q: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Queries (G, E) decoded against memory (B, L, E): (B, G, E)."""
-        t = self.queries(q, memory.shape[0], self.training and self.dropout > 0.0)
-        t = self.norm2(t + self._drop(self.multihead_attn(t, memory, key_mask)))
-        return self.norm3(t + self._drop(self.linear2(self._drop(F.relu(self.linear1(t))))))
+        p = self.dropout if self.training else 0.0
+        seeds: Any = [None] * 5
+        if p > 0.0:
+            # One draw for all masks, on the device: no synchronisation, and CUDA graphs replay it anew.
+            seeds = torch.randint(0, 2**62, (5,), dtype=torch.int64, device=memory.device).unbind()
+        t = self.queries(q, memory.shape[0], p, seeds[0])
+        attended = self.multihead_attn(t, memory, key_mask, dropout_p=p, seed=seeds[1])
+        t = _add_norm(attended, t.expand_as(attended), self.norm2, p, seeds[2])
+        hidden = relu_dropout(self.linear1(t), dropout_p=p, seed=seeds[3])
+        return _add_norm(self.linear2(hidden), t, self.norm3, p, seeds[4])
 
     def attention_weights(self, q: Tensor, memory: Tensor, chosen: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Where the chosen queries, (K,) or (B, K) rows of q (G, E), look: (B, K, L), the mean over the heads."""
-        t = self.queries(q, memory.shape[0], dropout=False)
+        t = self.queries(q, memory.shape[0])
         attn = self.multihead_attn
         return query_attention_weights(attn.query(t[chosen]), attn.key(memory), attn.num_heads, key_mask=key_mask)
+
+
+def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout_p: float, seed: Tensor | None) -> Tensor:
+    return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, dropout_p=dropout_p, eps=norm.eps, seed=seed)

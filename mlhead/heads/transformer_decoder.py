@@ -28,6 +28,9 @@ class TransformerDecoder(DecoderHead):
         group_init: How the pool's weight (C, E, 1) starts: "per_class", the default, uniform in +-1/sqrt(E) as a
             Linear layer's; or "xavier3d" as in `MLDecoder`.
         prior: Probability of every class at the start, see `Head`.
+        shared_query_dropout: Whether all images of a batch share the dropout masks of the queries. The query path up to
+            the attention is then computed once per training step and not once per image; published code draws a mask
+            for each image, as the default does. In evaluation it is computed once in any case.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -49,6 +52,7 @@ class TransformerDecoder(DecoderHead):
         queries: Queries = "learnable",
         group_init: str = "per_class",
         prior: float | None = None,
+        shared_query_dropout: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -64,6 +68,7 @@ class TransformerDecoder(DecoderHead):
             group_init=group_init,
             prior=prior,
             self_attention=True,
+            shared_query_dropout=shared_query_dropout,
             device=device,
             dtype=dtype,
         )

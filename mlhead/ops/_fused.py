@@ -5,7 +5,8 @@ An op `f` is a pair of library ops, `mlhead::f` and `mlhead::f_backward`, each w
     f(inputs..., str backend)                                   -> Tensor, or a tuple whose first is differentiable
     f_backward(dout, inputs..., extras..., bool[] needs, str backend) -> one gradient per differentiable input
 
-where `extras` are the further outputs of f and a gradient that is not needed is an empty tensor. A plain eager call
+where `extras` are the further outputs of f, after its first one where the op asks for that too, and a gradient that is
+not needed is an empty tensor. A plain eager call
 goes straight to an autograd.Function around the launchers, which costs a few microseconds; when something traces
 (torch.compile, export, FakeTensor) or wraps tensors, the library op is called, whose Autograd key holds the same
 Function around the library ops. Under torch.func and forward-mode AD the reference, plain differentiable torch, runs;
@@ -66,6 +67,9 @@ class FusedOp:
         name: The op's name; its launchers are called `<name>` and `<name>_backward`.
         arguments: The schema of the inputs, without `backend`, e.g. "Tensor h, Tensor weight, SymInt num_classes".
         outputs: How many tensors the forward returns; only the first is differentiable.
+        keeps_output: Whether backward also takes the first output, as the first of its extras.
+        replaced: Position of an input in whose place backward takes the first output, so that it is not kept alive;
+            `reference_grad` must give the same for both.
         differentiable: Positions of the inputs that have a gradient.
         reference: f(*inputs) in plain torch; returns all outputs.
         reference_grad: (dout, *inputs, *extras) -> the gradients, in plain torch.
@@ -79,6 +83,8 @@ class FusedOp:
         arguments: str,
         *,
         outputs: int,
+        keeps_output: bool = False,
+        replaced: int | None = None,
         differentiable: tuple[int, ...],
         reference: Callable[..., Any],
         reference_grad: Callable[..., tuple[Tensor | None, ...]],
@@ -92,11 +98,13 @@ class FusedOp:
         self._fake = fake
         self._implementations = implementations
         self._outputs = outputs
+        self._replaced = replaced
+        self._first_extra = 0 if keeps_output else 1
         self._loaded: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         _backend.register(name, implementations)
 
         tensors = ", ".join(["Tensor"] * outputs)
-        extras = "".join(f", Tensor extra{i}" for i in range(1, outputs))
+        extras = "".join(f", Tensor extra{i}" for i in range(self._first_extra, outputs))
         grads = ", ".join(["Tensor"] * len(differentiable))
         result = tensors if outputs == 1 else f"({tensors})"
         _library.define(f"{name}({arguments}, str backend) -> {result}")
@@ -117,6 +125,17 @@ class FusedOp:
         _all.append(self)
         _library.impl(name, self._autograd, "Autograd")
         _library.impl(f"{name}_backward", self._autograd_backward, "Autograd")
+
+    def extras(self, outputs: Any) -> tuple[Tensor, ...]:
+        """What backward takes of the outputs of a call."""
+        return ((outputs,) if isinstance(outputs, Tensor) else tuple(outputs))[self._first_extra :]
+
+    def saved(self, inputs: Sequence[Any], outputs: Any) -> list[Tensor | None]:
+        """The tensors that backward takes as inputs."""
+        tensors = [inputs[i] for i in self._tensors]
+        if self._replaced is not None:
+            tensors[self._tensors.index(self._replaced)] = outputs if self._outputs == 1 else outputs[0]
+        return tensors
 
     def __call__(self, *inputs: Any, backend: str | None) -> Any:
         """All outputs of the op, on the backend asked for."""
@@ -176,11 +195,11 @@ class FusedOp:
         grads = self.reference_grad(*inputs)
         empty = inputs[0].new_empty(0)
         # A library op's outputs may not alias its inputs or one another.
-        grads = tuple(
-            grad.contiguous() if need and grad is not None else empty.clone()
-            for grad, need in zip(grads, needs, strict=True)
-        )
-        return grads if len(grads) > 1 else grads[0]
+        results: list[Tensor] = []
+        for grad, need in zip(grads, needs, strict=True):
+            grad = grad.contiguous() if need and grad is not None else empty.clone()
+            results.append(grad.clone() if any(grad is other for other in results) else grad)
+        return tuple(results) if len(results) > 1 else results[0]
 
     def _fake_forward(self, *args: Any) -> Any:
         return self._fake(*args)
@@ -216,13 +235,12 @@ class _Forward(torch.autograd.Function):
         inputs, choice = args[:-1], args[-1]
         outputs = run(*args)
         if any(ctx.needs_input_grad):
-            extras = outputs[1:] if op._outputs > 1 else ()
             ctx.set_materialize_grads(False)
-            ctx.save_for_backward(*(inputs[i] for i in op._tensors), *extras)
+            ctx.save_for_backward(*op.saved(inputs, outputs), *op.extras(outputs))
             ctx.constants = [None if i in op._tensors else value for i, value in enumerate(inputs)]
             ctx.op, ctx.run_backward, ctx.choice = op, run_backward, choice
-            if extras:
-                ctx.mark_non_differentiable(*extras)
+            if op._outputs > 1:
+                ctx.mark_non_differentiable(*outputs[1:])
         return outputs
 
     @staticmethod

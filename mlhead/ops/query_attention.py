@@ -2,12 +2,37 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .. import _check
+from .. import _backend, _check
+from .._backend import Implementation
 from ..reference import query_attention as reference
 from ._fused import FusedOp, autocast, is_autocasting
+from ._seed import seed_tensor
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _load_triton() -> Any:
+    from ..kernels import query_attention
+
+    return query_attention
+
+
+class _Extension:
+    """The launchers of the C++/CUDA extension."""
+
+    @staticmethod
+    def query_attention(*inputs: Any) -> tuple[Tensor, Tensor]:
+        return torch.ops.mlhead_C.query_attention.default(*inputs)
+
+    @staticmethod
+    def query_attention_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        *tensors, needs = args
+        return torch.ops.mlhead_C.query_attention_backward.default(*tensors, *needs)
 
 
 def _fake(
@@ -19,19 +44,40 @@ def _fake(
     num_heads: int,
     dropout_p: float,
     backend: str,
-) -> Tensor:
-    return q.new_empty(k.shape[0], q.shape[-2], q.shape[-1])
+) -> tuple[Tensor, Tensor]:
+    B, G, E = k.shape[0], q.shape[-2], q.shape[-1]
+    out = q.new_empty(B, G, E)
+    backend = _backend.resolve("query_attention", backend, q.device, q.dtype)
+    if backend == "reference":
+        return out, q.new_empty(0)
+    shape = (B, num_heads, G) if backend == "triton" else (B, num_heads, 2, G)
+    return out, q.new_empty(shape, dtype=torch.promote_types(q.dtype, torch.float32))
 
 
+def _reference(*inputs: Any) -> tuple[Tensor, Tensor]:
+    return reference.query_attention(*inputs), inputs[0].new_empty(0)
+
+
+def _reference_grad(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return reference.query_attention_grad(*args[:-2])  # without the output and what another backend kept
+
+
+# The second output is what a backend keeps of the scores of each query for backward: in the extension the largest and
+# 1 / sum of exponentials (B, H, 2, G), in Triton lse (B, H, G).
 _query_attention = FusedOp(
     "query_attention",
     "Tensor q, Tensor k, Tensor v, Tensor? key_mask, Tensor? seed, int num_heads, float dropout_p",
-    outputs=1,
+    outputs=2,
+    keeps_output=True,
     differentiable=(0, 1, 2),
-    reference=reference.query_attention,
-    reference_grad=reference.query_attention_grad,
+    reference=_reference,
+    reference_grad=_reference_grad,
     fake=_fake,
-    implementations={},
+    implementations={
+        "triton": Implementation(("cuda",), (torch.float32, *_HALF), _load_triton),
+        "cpp": Implementation(("cpu",), (torch.float32, torch.float64, *_HALF), lambda: _Extension),
+        "cuda": Implementation(("cuda",), (torch.float32, torch.float64, *_HALF), lambda: _Extension),
+    },
 )
 
 
@@ -57,19 +103,6 @@ def _check_queries(where: str, q: Tensor, k: Tensor, num_heads: int, key_mask: T
         _check.check_shape(where, "key_mask", key_mask, "(B, L)", (B, L))
         if key_mask.device != k.device:
             _check.fail(where, "key_mask", f"on {k.device} like k", key_mask.device)
-
-
-def _seed_tensor(seed: int | Tensor | None, device: torch.device) -> Tensor:
-    if seed is None:
-        # Drawn on the device by torch's own generator: no synchronisation, and CUDA graphs replay it anew.
-        return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
-    if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.ndim != 0:
-            _check.fail("query_attention", "seed", "an int64 scalar tensor", f"{seed.dtype} {tuple(seed.shape)}")
-        return seed.to(device)
-    if not -(2**63) <= seed < 2**63:
-        _check.fail("query_attention", "seed", "a 64-bit integer", seed)
-    return torch.full((), seed, dtype=torch.int64, device=device)
 
 
 def query_attention(
@@ -120,8 +153,8 @@ def query_attention(
     _check.check_shape("query_attention", "v", v, "(B, L, E)", k.shape)
     _check.check_like("query_attention", "v", v, "k", k)
     _check.check_probability("query_attention", "dropout_p", dropout_p)
-    seed_tensor = _seed_tensor(seed, q.device) if dropout_p > 0.0 else None
-    return _query_attention(q, k, v, key_mask, seed_tensor, num_heads, float(dropout_p), backend=backend)
+    on_device = seed_tensor("query_attention", seed, q.device) if dropout_p > 0.0 else None
+    return _query_attention(q, k, v, key_mask, on_device, num_heads, float(dropout_p), backend=backend)[0]
 
 
 def query_attention_weights(q: Tensor, k: Tensor, num_heads: int, *, key_mask: Tensor | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The counter-based dropout of the attention weights: the same mask for the same seed, on any device and backend."""
+"""The counter-based dropout: the same mask for the same seed, on any device and backend."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def _xor_shift(x: Tensor, bits: int) -> Tensor:
 
 
 def keep_mask(seed: Tensor, dropout_p: float, B: int, H: int, G: int, L: int) -> Tensor:
-    """Which attention weights survive: bool (B, H, G, L), each True with probability 1 - dropout_p.
+    """Which numbers survive: bool (B, H, G, L), each True with probability 1 - dropout_p.
+
+    For the attention weights of H heads, G queries and L positions; other ops say what their axes are here.
 
     With i = (h G + g) L + l and two keys per image, key0 = mix(mix(seed_lo + b) + seed_hi) and key1 = mix(key0 + 1),
     all in 32-bit unsigned arithmetic:
@@ -46,3 +48,12 @@ def keep_mask(seed: Tensor, dropout_p: float, B: int, H: int, G: int, L: int) ->
     # Unsigned comparison: flipping the sign bit maps the order of uint32 to that of int32.
     threshold = min(int(dropout_p * 2.0**32), _MASK) - (1 << 31)
     return ((u ^ -(1 << 31)) >= threshold).view(B, H, G, L)
+
+
+def factors(
+    seed: Tensor | None, dropout_p: float, B: int, H: int, G: int, L: int, *, dtype: torch.dtype
+) -> Tensor | None:
+    """What dropout multiplies by, 0 or 1 / (1 - dropout_p), (B, H, G, L); None where nothing is dropped."""
+    if dropout_p == 0.0 or seed is None:
+        return None
+    return keep_mask(seed, dropout_p, B, H, G, L).to(dtype) / (1.0 - dropout_p)

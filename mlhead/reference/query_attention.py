@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from ._dropout import keep_mask
+from ._dropout import factors
 
 
 def _heads(t: Tensor, num_heads: int) -> Tensor:
@@ -35,10 +35,9 @@ def attention_weights(q: Tensor, k: Tensor, key_mask: Tensor | None, num_heads: 
 
 def _dropped(p: Tensor, dropout_p: float, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """The weights after dropout, and the factors that were applied."""
-    if dropout_p == 0.0 or seed is None:
-        return p, None
-    factor = keep_mask(seed, dropout_p, *p.shape).to(p.dtype) / (1.0 - dropout_p)
-    return p * factor, factor
+    B, H, G, L = p.shape
+    factor = factors(seed, dropout_p, B, H, G, L, dtype=p.dtype)
+    return (p if factor is None else p * factor), factor
 
 
 def query_attention(

@@ -85,7 +85,7 @@ def _straight_to_triton(variant: Variant) -> Iterator[None]:
     def launch(self: _fused.FusedOp, *inputs: Any, backend: str | None) -> Any:
         launchers = self._implementations["triton"].load()
         outputs = getattr(launchers, self.name)(*inputs)
-        first, extras = (outputs, ()) if isinstance(outputs, Tensor) else (outputs[0], outputs[1:])
+        first, extras = outputs if isinstance(outputs, Tensor) else outputs[0], self.extras(outputs)
         dout = _laid_out(first, variant.layout)
         present = [inputs[i] is not None for i in self.differentiable]
         needs = [present]

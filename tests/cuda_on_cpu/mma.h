@@ -23,7 +23,8 @@ inline float wide(__nv_bfloat16 x) {
 
 template <typename Use, int M, int N, int K, typename T, typename Order = row_major>
 struct fragment {
-  float x[16][16];
+  static constexpr int num_elements = 256;
+  float x[num_elements];  // row by row
 };
 
 inline void check_alignment(const void* p, int pitch, int element) {
@@ -32,23 +33,28 @@ inline void check_alignment(const void* p, int pitch, int element) {
 }
 template <typename F>
 void fill_fragment(F& f, float value) {
-  for (auto& row : f.x)
-    for (float& x : row) x = value;
+  for (float& x : f.x) x = value;
 }
 template <typename Use, typename T, typename Order>
 void load_matrix_sync(fragment<Use, 16, 16, 16, T, Order>& f, const T* p, int pitch) {
   check_alignment(p, pitch, sizeof(T));
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j)
-      f.x[i][j] = wide(std::is_same_v<Order, row_major> ? p[i * pitch + j] : p[j * pitch + i]);
+      f.x[16 * i + j] = wide(std::is_same_v<Order, row_major> ? p[i * pitch + j] : p[j * pitch + i]);
+}
+template <typename F>
+void load_matrix_sync(F& f, const float* p, int pitch, int) {
+  check_alignment(p, pitch, sizeof(float));
+  for (int i = 0; i < 16; ++i)
+    for (int j = 0; j < 16; ++j) f.x[16 * i + j] = p[i * pitch + j];
 }
 template <typename D, typename A, typename B>
 void mma_sync(D& d, const A& a, const B& b, const D& c) {
   for (int i = 0; i < 16; ++i)
     for (int j = 0; j < 16; ++j) {
-      float sum = c.x[i][j];
-      for (int k = 0; k < 16; ++k) sum += a.x[i][k] * b.x[k][j];
-      d.x[i][j] = sum;
+      float sum = c.x[16 * i + j];
+      for (int k = 0; k < 16; ++k) sum += a.x[16 * i + k] * b.x[16 * k + j];
+      d.x[16 * i + j] = sum;
     }
 }
 template <typename F>
@@ -56,6 +62,6 @@ void store_matrix_sync(float* p, const F& f, int pitch, int) {
   check_alignment(p, pitch, sizeof(float));
   if (threadIdx.x % 32) return;  // one lane writes for its warp
   for (int i = 0; i < 16; ++i)
-    for (int j = 0; j < 16; ++j) p[i * pitch + j] = f.x[i][j];
+    for (int j = 0; j < 16; ++j) p[i * pitch + j] = f.x[16 * i + j];
 }
 }  // namespace nvcuda::wmma
