@@ -68,17 +68,19 @@ class Attention(nn.Module):
         B, L, E = memory.shape
         sums_to_one = dropout_p == 0.0 and key_mask is None
         options: dict[str, Any] = {"dropout_p": dropout_p, "seed": seed, "key_mask": key_mask}
+        query_bias, _, value_bias = self.in_proj_bias.split(E)
         device_type = memory.device.type
         if absorbs(B, t.shape[-2], L, E, self.num_heads, shared=t.ndim == 2, device_type=device_type):
             out = self._attend_absorbed(t, memory, sums_to_one, options)
         else:
-            value_bias = None if sums_to_one else F.pad(self.in_proj_bias[2 * E :], (E, 0))
-            k, v = F.linear(memory, self.in_proj_weight[E:], value_bias).split(E, dim=-1)
-            out = query_attention(self.query(t), k, v, self.num_heads, **options)
+            # Split, not sliced: the gradient of a slice is a whole weight of zeros.
+            query_weight, memory_weight = self.in_proj_weight.split((E, 2 * E))
+            k, v = F.linear(memory, memory_weight, None if sums_to_one else F.pad(value_bias, (E, 0))).split(E, dim=-1)
+            out = query_attention(F.linear(t, query_weight, query_bias), k, v, self.num_heads, **options)
         if not sums_to_one:
             return self.out_proj(out)
         weight = self.out_proj.weight
-        return F.linear(out, weight, self.out_proj.bias + F.linear(self.in_proj_bias[2 * E :], weight))
+        return F.linear(out, weight, self.out_proj.bias + F.linear(value_bias, weight))
 
     def _attend_absorbed(self, t: Tensor, memory: Tensor, sums_to_one: bool, options: dict[str, Any]) -> Tensor:
         """Attention before out_proj with the projections of keys and values on the queries' side (see `_absorb`)."""
