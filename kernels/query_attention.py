@@ -10,10 +10,14 @@ Backward, as long as all queries fit one tile, is one kernel as well:
 
 One program walks over a run of images of one head: q is read once, dk and dv of a tile of positions are complete when
 the tile is, and dq stays in registers over all its images. The programs' dq are added in fp32 in a fixed order and
-rounded once; nothing is atomic, and the runs depend on the shape alone, so all results are the same bits on every run.
+rounded once; nothing is atomic, and the runs depend on the shape alone.
 delta = sum_l p dp comes out of the tile itself where one tile holds all positions, and out is then not read; else it is
-sum_e dout out. The tiles are transposed, (positions, queries): the products for dk and dv then take p and ds from
-registers, and only dq needs them turned. More queries than a tile make two kernels, dq and (dk, dv).
+sum_e dout out. More queries than a tile make two kernels: dq by tiles of queries, (dk, dv) by tiles of positions. In 16
+bits from sm_90 on a tile holds 128 queries (64 of rows that are no vectors), before that 64, in fp32 32: there the
+operands of the products fill the registers.
+
+Tiles are (queries, positions). Transposed ones, which would save turning p for dv and ds for dk, spill on sm_90: lse
+and delta then lie along the columns, 16 registers each instead of 2, and p and ds go through shared memory anyway.
 
 A head is cut in two powers of two, 96 = 64 + 32, where a tile of 128 would be a quarter empty. In fp32, and for heads
 wider than 128, the scores are instead summed over slices of features that are read again for every tile, and of a wide
@@ -29,10 +33,10 @@ Bytes, bf16, forward and backward, if every operand is read once and every resul
     imagenet     B=256  L=49   G=100    78 MB    156 MB
     openimages   B=128  L=49   G=100    39 MB     78 MB
 
-Why not scaled_dot_product_attention. It wants queries per image, so q is expanded, its gradient is made (B, G, E) and
-summed in another pass. Its backward reads out for delta in a kernel of its own, and where K and V are read by several
-query tiles it reads them again, or adds dq with atomics. Fused projections leave K and V in (B, L, E) rows; they are
-read where they lie, with any strides, as are q, dout and the key mask.
+Why not scaled_dot_product_attention. It wants queries per image: the gradient of an expanded q is made whole,
+(B, G, E), and summed in another pass. Its backward reads out and dout for delta in a kernel of its own, and the
+programs of different positions then add to dq in device memory. Here K and V are read as the projections leave them,
+(B, L, E) with any strides, as are q, dout and the key mask, and nothing is copied before or after.
 
 Not yet run on a GPU: compiled ahead of time for sm_80 to sm_100, its arithmetic tested in Triton's interpreter.
 """
@@ -283,7 +287,7 @@ def _kept_weights(p, DROPOUT: tl.constexpr):
 def _ds(p, dp, delta, keep_scale, DROPOUT: tl.constexpr, ONE_TILE: tl.constexpr):
     """The product p (drop'(dp) - delta) for the weights of `_weights`; ONE_TILE: delta is the sum over the tile."""
     if DROPOUT:
-        dp = tl.where(p < 0.0, 0.0, dp * keep_scale)
+        dp *= tl.where(p < 0.0, 0.0, keep_scale)
         p = tl.abs(p)
     if ONE_TILE:
         delta = tl.sum(p * dp, axis=1)

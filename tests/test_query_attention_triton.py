@@ -18,20 +18,21 @@ from mlhead.kernels._device import H100, Device
 
 CASE = CASES["query_attention"]
 A100 = Device(capability=80, multiprocessors=108, shared_bytes=166_912)
-IMPLEMENTED = _backend._refusal(
-    "query_attention", _backend.implementations("query_attention"), "triton", "cpu", torch.float32
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+REFUSAL = _backend._refusal(
+    "query_attention", _backend.implementations("query_attention"), "triton", DEVICE, torch.float32
 )
-needs_interpreter = pytest.mark.skipif(IMPLEMENTED is not None, reason=f"{IMPLEMENTED}")
+needs_triton = pytest.mark.skipif(REFUSAL is not None, reason=f"{REFUSAL}")
 
 
 def compare(dims: Mapping[str, Any], dtype: torch.dtype) -> None:
-    sample = CASE.make(dims, dtype, "cpu", 0)
+    sample = CASE.make(dims, dtype, DEVICE, 0)
     exact, plain = oracle(sample), plain_torch(sample)
     for name, result in sample.run("triton").items():
         check(f"{dict(dims)}: {name}", result, exact[name], plain[name])
 
 
-@needs_interpreter
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "dims",
@@ -46,7 +47,7 @@ def test_more_queries_than_a_tile(dims: Mapping[str, Any], dtype: torch.dtype) -
     compare({**dims, "G": 150 if dtype == torch.float16 else 35}, dtype)
 
 
-@needs_interpreter
+@needs_triton
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     "dims",
@@ -61,7 +62,7 @@ def test_wide_heads(dims: Mapping[str, Any], dtype: torch.dtype) -> None:
     compare(dims, dtype)
 
 
-@needs_interpreter
+@needs_triton
 @pytest.mark.parametrize("images", [1, 2, 3, 7])
 def test_runs_of_images(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queries' gradient is the same sum however many images a program takes; the last run may be short."""
@@ -73,13 +74,13 @@ def test_runs_of_images(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
         compare(dims, torch.float16)
 
 
-@needs_interpreter
+@needs_triton
 @pytest.mark.parametrize("G", [5, 150])
 def test_every_subset_of_the_gradients(G: int) -> None:
     """What is not needed is empty, and the rest is the same bits, also from one run to the next."""
     B, L, E, H = 3, 20, 32, 2
-    q, k, v, dout = (torch.randn(*shape).half() for shape in ((G, E), (B, L, E), (B, L, E), (B, G, E)))
-    seed = torch.tensor(5)
+    q, k, v, dout = (torch.randn(*shape, device=DEVICE).half() for shape in ((G, E), (B, L, E), (B, L, E), (B, G, E)))
+    seed = torch.tensor(5, device=DEVICE)
     out, lse = kernels.query_attention(q, k, v, None, seed, H, 0.2)
     everything = kernels.query_attention_backward(dout, q, k, v, None, seed, H, 0.2, out, lse, [True] * 3)
     for number in range(8):
@@ -89,14 +90,14 @@ def test_every_subset_of_the_gradients(G: int) -> None:
             assert torch.equal(grad, want) if need else grad.shape == (0,)
 
 
-@needs_interpreter
+@needs_triton
 def test_lse_is_natural_and_free_of_dropout() -> None:
     B, L, E, G, H = 2, 9, 8, 5, 2
-    q, k, v = torch.randn(G, E), torch.randn(B, L, E), torch.randn(B, L, E)
-    mask = torch.ones(B, L, dtype=torch.bool)
+    q, k, v = (torch.randn(*shape, device=DEVICE) for shape in ((G, E), (B, L, E), (B, L, E)))
+    mask = torch.ones(B, L, dtype=torch.bool, device=DEVICE)
     mask[0, 2:5] = False
     mask[1] = False
-    _, lse = kernels.query_attention(q, k, v, mask, torch.tensor(3), H, 0.5)
+    _, lse = kernels.query_attention(q, k, v, mask, torch.tensor(3, device=DEVICE), H, 0.5)
     heads = q.view(G, H, -1).transpose(0, 1), k.view(B, L, H, -1).transpose(1, 2)
     scores = (heads[0] @ heads[1].transpose(-1, -2)) / (E / H) ** 0.5
     expected = scores.masked_fill(~mask[:, None, None, :], float("-inf")).logsumexp(-1)
@@ -105,14 +106,14 @@ def test_lse_is_natural_and_free_of_dropout() -> None:
     assert (lse[1] == float("-inf")).all()
 
 
-@needs_interpreter
+@needs_triton
 @pytest.mark.parametrize("dropout_p", [2.0**-40, 1e-3, 0.5, 0.75, 1 - 2.0**-40])
 @pytest.mark.parametrize("seed", [0, -1, 2**62 + 12345, -(2**63)])
 def test_the_mask_is_the_reference_s(dropout_p: float, seed: int) -> None:
     """With values that are unit vectors, the output shows which weights survived."""
     B, L, G = 3, 16, 7
-    q, k = torch.zeros(G, 16), torch.zeros(B, L, 16)
-    v = torch.eye(L).expand(B, L, L)
+    q, k = torch.zeros(G, 16, device=DEVICE), torch.zeros(B, L, 16, device=DEVICE)
+    v = torch.eye(L, device=DEVICE).expand(B, L, L)
     outs = [query_attention(q, k, v, 1, dropout_p=dropout_p, seed=seed, backend=b) for b in ("triton", "reference")]
     assert torch.equal(outs[0] != 0, outs[1] != 0)
 
