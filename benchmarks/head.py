@@ -214,7 +214,7 @@ def main(arguments: list[str] | None = None) -> int:
             found = run(workload, options.device, dtype, options)
             append_rows(path, found)
             rows += found
-    print(table(rows))
+            print(table(found), flush=True)
     print(f"rows are in {path}")
     return int(any(r["status"] != "ok" and "mlhead" in r["provider"] for r in rows))
 

@@ -6,6 +6,7 @@ python -m benchmarks.touch [--device cuda] [--list]
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 from collections.abc import Iterator
 
@@ -41,7 +42,9 @@ def main(arguments: list[str] | None = None) -> int:
         sample = case.make(dims, dtype, "cpu", 0)
         exact, plain = oracle(sample), plain_torch(sample)
         try:
-            results = sample.map(lambda t: t.to(options.device)).run(backend)
+            moved = sample.map(lambda t: t.to(options.device))
+            others = {k: v.to(options.device) if isinstance(v, torch.Tensor) else v for k, v in sample.options.items()}
+            results = dataclasses.replace(moved, options=others).run(backend)
             problems = {name: grade(value.cpu(), exact[name], plain[name]).problem for name, value in results.items()}
             wrong = "; ".join(f"{name}: {problem}" for name, problem in problems.items() if problem)
         except Exception as error:

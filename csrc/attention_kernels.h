@@ -236,7 +236,7 @@ struct BackwardColumns {
       Vec<T> part = {};
       for (int64_t r = r0, end = min(r0 + kFew, rows); r < end; ++r) {
         T* s = scores + r * width;
-        Vec<T> p = {};
+        Vec<T> p = inverse - inverse;  // 0, but NaN where the query's weights are
         if (!masked(r)) {
           p = exp_of_negative<T>((load(s) - maximum) * scale) * inverse;
           Vec<T> dp = load(products + r * width);
@@ -261,7 +261,7 @@ struct BackwardColumns {
       T *s = scores + r * width, *at = products + r * width;
       const Vec<T> p = load(s);
       if constexpr (kDrops) store(s, p * factors.at(first_position + r));
-      store(at, masked(r) ? Vec<T>{} : p * (load(at) - delta) * scale);
+      store(at, masked(r) ? p : p * (load(at) - delta) * scale);
     }
   }
 };

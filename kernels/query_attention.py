@@ -287,7 +287,7 @@ def _kept_weights(p, DROPOUT: tl.constexpr):
 def _ds(p, dp, delta, keep_scale, DROPOUT: tl.constexpr, ONE_TILE: tl.constexpr):
     """The product p (drop'(dp) - delta) for the weights of `_weights`; ONE_TILE: delta is the sum over the tile."""
     if DROPOUT:
-        dp *= tl.where(p < 0.0, 0.0, keep_scale)
+        dp = tl.where(p < 0.0, 0.0, dp * keep_scale)
         p = tl.abs(p)
     if ONE_TILE:
         delta = tl.sum(p * dp, axis=1)

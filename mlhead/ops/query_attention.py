@@ -140,7 +140,13 @@ def query_attention(
         BackendError: An explicitly chosen backend cannot run this call.
 
     Numerics:
-        Softmax in fp32 (fp64 for fp64). The only backend so far is the reference, which holds the (B, H, G, L) weights.
+        Products in the dtype of q with fp32 sums, softmax in fp32 (fp64 for fp64); on a GPU the weights are rounded to
+        the dtype of q before they are multiplied by v. The gradient of shared queries is summed over the batch in fp32,
+        in an order that is a function of the shape alone. All results are the same bits on every run.
+
+    Memory:
+        The (B, H, G, L) weights never exist. Kept for backward: out and one or two numbers for each head and query.
+        The reference, which torch.func and gradients of gradients run, holds the weights.
 
     Source:
         ML-Decoder, Eq. 1 and 4.

@@ -54,10 +54,13 @@ CASE = OpCase(
             (2, 64, 64, 16, 4),
             (2, 63, 34, 17, 2),
             (2, 65, 66, 15, 2),
+            (1, 9, 300, 4, 1),
         ),
         {"B": 2, "L": 9, "E": 8, "G": 5, "heads": 2, "per_image": True},
         {"B": 3, "L": 9, "E": 8, "G": 5, "heads": 2, "masked": True},
         {"B": 3, "L": 9, "E": 8, "G": 5, "heads": 2, "dropout": 0.3},
+        # More queries than a tile.
+        {"B": 1, "L": 70, "E": 192, "G": 150, "heads": 2, "dropout": 0.1},
         {"B": 2, "L": 9, "E": 8, "G": 5, "heads": 4, "dropout": 0.3, "masked": True, "per_image": True},
     ),
     model={"B": 2, "L": 49, "E": 768, "G": 100},
