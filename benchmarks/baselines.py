@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from mlhead.testing import Sample
 
 Baseline = Callable[..., Tensor]
 
@@ -86,7 +89,35 @@ def _split(q: Tensor, k: Tensor, v: Tensor, num_heads: int) -> tuple[Tensor, Ten
 
 
 def query_attention_mha(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, **options: Any) -> Tensor:
-    """What nn.MultiheadAttention does after its projections when it returns weights: baddbmm, softmax, bmm."""
+    """What nn.MultiheadAttention does between its projections, as published code calls it: bmm, softmax, bmm, and the
+    mean of the weights over the heads, which is returned beside the output.
+
+    Its tensors are (N, B, E); with `sequence_first` inputs none is copied to get there.
+    """
+    B, L, E = k.shape
+    d = E // num_heads
+    queries = q.unsqueeze(1).expand(-1, B, -1) if q.ndim == 2 else q.transpose(0, 1)
+    G = queries.shape[0]
+    qs = (queries * (1.0 / math.sqrt(d))).reshape(G, B * num_heads, d).transpose(0, 1)
+    ks, vs = (t.transpose(0, 1).reshape(L, B * num_heads, d).transpose(0, 1) for t in (k, v))
+    weights = torch.softmax(torch.bmm(qs, ks.transpose(1, 2)), -1)
+    out = torch.bmm(weights, vs).transpose(0, 1).contiguous().view(G, B, E)
+    weights.view(B, num_heads, G, L).mean(1)
+    return out.transpose(0, 1)
+
+
+def sequence_first(sample: Sample) -> Sample:
+    """The inputs of `query_attention_mha` as its projections leave them: (L, B, E) in memory."""
+
+    def arrange(t: Tensor) -> Tensor:
+        return t.transpose(0, 1).contiguous().transpose(0, 1)
+
+    tensors = {n: arrange(t) if t is not None and n in ("k", "v") else t for n, t in sample.tensors.items()}
+    return replace(sample, tensors=tensors, dout=arrange(sample.dout))
+
+
+def query_attention_bmm(q: Tensor, k: Tensor, v: Tensor, *, num_heads: int, **options: Any) -> Tensor:
+    """Two batched products and a softmax on heads copied together."""
     qs, ks, vs = (t.reshape(-1, *t.shape[2:]) for t in _split(q, k, v, num_heads))
     weights = torch.softmax(torch.bmm(qs / math.sqrt(qs.shape[-1]), ks.transpose(1, 2)), -1)
     out = torch.bmm(weights, vs).unflatten(0, (k.shape[0], num_heads))
@@ -122,10 +153,17 @@ def relu_dropout_eager(x: Tensor, *, dropout_p: float, **options: Any) -> Tensor
 BASELINES: dict[str, dict[str, Baseline]] = {
     "group_fc": {"papers: loop": group_fc_loop, "torch: bmm": group_fc_bmm, "torch: einsum": group_fc_einsum},
     "csra_pool": {"papers: conv": csra_pool_conv, "torch: matmul": csra_pool_matmul},
-    "query_attention": {"papers: mha": query_attention_mha, "torch: sdpa": query_attention_sdpa},
+    "query_attention": {
+        "papers: mha": query_attention_mha,
+        "torch: sdpa": query_attention_sdpa,
+        "torch: bmm": query_attention_bmm,
+    },
     "dropout_add_layer_norm": {"papers: dropout, add, norm": dropout_add_layer_norm_eager},
     "relu_dropout": {"papers: relu, dropout": relu_dropout_eager},
 }
+
+# How a baseline has its inputs in memory, where that is not as the ops have them.
+ARRANGED: dict[tuple[str, str], Callable[[Sample], Sample]] = {("query_attention", "papers: mha"): sequence_first}
 
 # Refused shapes become rows that say so.
 CUDA_ONLY: dict[str, dict[str, Baseline]] = {

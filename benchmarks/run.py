@@ -32,7 +32,7 @@ from mlhead.ops._csra_kernels import forward_design
 from mlhead.testing import CASES, Sample
 
 from . import limits, machine, report
-from .baselines import baselines
+from .baselines import ARRANGED, baselines
 from .plan import DTYPES, VERIFIED_ELEMENTS, Group, elements, groups, shrink
 from .records import Row, append_rows, read_rows
 from .verify import Provider, Verdict, agree, attempt, calls, verify
@@ -142,7 +142,8 @@ def run_group(group: Group, device: str, options: argparse.Namespace) -> list[Ro
     peaks: dict[str, dict[str, float | None]] = {}
     host: dict[str, dict[str, float | None]] = {}
     for name, function in good.items():
-        found = pass_functions(sample, function)
+        arrange = ARRANGED.get((group.op, name.replace("compile: ", "papers: ")))
+        found = pass_functions(arrange(sample) if arrange else sample, function)
         measured, verdict = attempt(partial(footprint, found, device))
         if measured is None:
             verdicts[name] = verdict

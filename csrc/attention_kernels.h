@@ -24,6 +24,7 @@ namespace mlhead::MLHEAD_ISA {
 
 inline constexpr int64_t kPositions = 64;          // the fewest of a block, backward
 inline constexpr int64_t kBlockScores = 20 << 10;  // scores of a block, backward: with dp a share of L2
+inline constexpr int64_t kRowsOfProduct = 512;
 inline constexpr int kGroup = 4;  // registers of queries that a pass over l takes together: two cache lines
 
 template <typename T>
@@ -38,7 +39,9 @@ static void multiply(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_m, i
   constexpr Dtype dtype = sizeof(T) == 8 ? Dtype::f64 : Dtype::f32;
   const Gemm g{dtype, M, N, K, a, a_m, a_k, b, b_k, b_n, c, c_m, 1, nullptr, accumulate};
   constexpr int64_t many = 1 << 10;  // other items: no reason to cut this one finer
-  const Plan plan = plan_gemm(g, kLanes<T>, many);
+  Plan plan = plan_gemm(g, kLanes<T>, many);
+  // All rows in one block: what there is of A is in L2 anyway, and every further block would copy B once more.
+  plan.block_m = min(M, kRowsOfProduct);
   for (int64_t tile = 0; tile < plan.tiles_m * plan.tiles_n; ++tile) run_tile<T>(g, plan, tile);
 }
 
