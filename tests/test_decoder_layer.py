@@ -100,6 +100,7 @@ def test_the_shape_decides_whether_projections_are_absorbed() -> None:
 
     assert choose(64, 20, 196)
     assert choose(64, 20, 196, shared=False)
+    assert not choose(64, 20, 49, shared=False)
     assert not choose(64, 100, 49)
     assert not choose(64, 80, 196, shared=False)
     assert not absorbs(64, 20, 196, 768, 1, shared=True, device_type="cpu")  # one head: nothing to gain
