@@ -27,7 +27,7 @@ import torch
 
 from . import report
 from .machine import ROOT
-from .records import read_rows
+from .records import op_rows
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LARGEST_LOG = 4 << 20
@@ -201,7 +201,7 @@ def gather_logs(out: Path) -> None:
 
 def summary(parts: list[Part], out: Path) -> str:
     """The report: every part, the benchmark table, what fell short and what was not reached."""
-    rows = read_rows(out / "results.jsonl")
+    rows = op_rows(out / "results.jsonl")
     lines = ["mlhead gpu-check", ""]
     info = out / "machine.log"
     lines += info.read_text(errors="replace").splitlines() if info.is_file() else []

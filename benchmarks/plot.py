@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from .records import Row, read_rows
+from .records import Row, op_rows
 
 FAMILIES = {"mlhead": "tab:blue", "papers": "tab:gray", "torch": "tab:orange", "compile": "tab:green"}
 
@@ -51,7 +51,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("results", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, help="folder; default: beside the first results file")
     options = parser.parse_args(arguments)
-    rows = [row for path in options.results for row in read_rows(path)]
+    rows = [row for path in options.results for row in op_rows(path)]
     rows = [row for row in rows if row["pass"] == "both" and row["p50_ms"] is not None]
     if not rows:
         parser.error("no timed rows in " + ", ".join(map(str, options.results)))

@@ -20,6 +20,11 @@ def read_rows(path: Path) -> list[Row]:
     return rows
 
 
+def op_rows(path: Path) -> list[Row]:
+    """The rows of single ops: a file may also hold those of whole heads and of Table 9."""
+    return [row for row in read_rows(path) if "op" in row]
+
+
 def append_rows(path: Path, rows: list[Row]) -> None:
     """Adds rows to a results file, on lines of their own even after one cut short."""
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from mlhead.testing import CASES, Sample
 from . import limits, machine, report
 from .baselines import ARRANGED, baselines
 from .plan import DTYPES, VERIFIED_ELEMENTS, Group, elements, groups, shrink
-from .records import Row, append_rows, read_rows
+from .records import Row, append_rows, op_rows
 from .verify import Provider, Verdict, agree, attempt, calls, verify
 
 
@@ -265,7 +265,7 @@ def main(arguments: list[str] | None = None) -> int:
         or machine.ROOT / "benchmarks" / "results" / machine.slug(device) / f"{machine.commit()['commit']}.jsonl"
     )
     facts = machine.facts(device)
-    there = {(r["title"], r["commit"], r["dirty"]) for r in read_rows(path)} if options.resume else set()
+    there = {(r["title"], r["commit"], r["dirty"]) for r in op_rows(path)} if options.resume else set()
     print(f"{facts['device']}, torch {torch.__version__}, commit {facts['commit']}{' (dirty)' * bool(facts['dirty'])}")
     print(f"rows go to {path}", flush=True)
 

@@ -245,3 +245,10 @@ def test_gpu_check_needs_a_gpu(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert gpu_check.main(["--out", str(tmp_path)]) == 2
     assert "--dry-run" in capsys.readouterr().err
+
+
+def test_rows_of_heads_beside_those_of_ops_are_left_out(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    records.append_rows(path, [{"head": "ml_decoder", "pass": "training"}, {"op": "group_fc"}, {"table": "Table 9"}])
+    assert records.op_rows(path) == [{"op": "group_fc"}]
+    assert len(records.read_rows(path)) == 3
