@@ -27,11 +27,6 @@ inline constexpr int64_t kBlockScores = 20 << 10;  // scores of a block, backwar
 inline constexpr int64_t kRowsOfProduct = 512;
 inline constexpr int kGroup = 4;  // registers of queries that a pass over l takes together: two cache lines
 
-template <typename T>
-MLHEAD_INLINE int64_t padded(int64_t count) {
-  return divide_up(count, kLanes<T>) * kLanes<T>;
-}
-
 // C [+]= A B over numbers of T, by this thread alone.
 template <typename T>
 static void multiply(int64_t M, int64_t N, int64_t K, const T* a, int64_t a_m, int64_t a_k, const T* b, int64_t b_k,

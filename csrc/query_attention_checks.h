@@ -16,6 +16,18 @@ struct Strided {
   int64_t b = 0, n = 0, e = 0;
 };
 
+// The seed's place on the device, or null where nothing is dropped; `like` names the tensor whose device it must share.
+inline const int64_t* checked_seed(const char* where, const std::optional<Tensor>& seed, double dropout_p,
+                                   const char* like, const Tensor& tensor) {
+  if (!(dropout_p >= 0.0 && dropout_p < 1.0)) fail(where, "dropout_p", "in [0, 1)", std::to_string(dropout_p));
+  if (dropout_p == 0.0) return nullptr;
+  if (!seed.has_value()) fail(where, "seed", "an int64 scalar where dropout_p > 0", "none");
+  if (seed->scalar_type() != ScalarType::Long || seed->dim() != 0)
+    fail(where, "seed", "an int64 scalar", dtype_name(seed->scalar_type()) + " " + to_text(shape_of(*seed)));
+  check_equal(where, "seed", "on " + device_name(*seed), "on " + device_name(tensor), like);
+  return static_cast<const int64_t*>(seed->const_data_ptr());
+}
+
 // Sizes, strides and data of one call, checked. Head h owns the columns h * d to (h + 1) * d - 1 of E.
 struct QueryAttention {
   const char* where;
@@ -62,14 +74,7 @@ struct QueryAttention {
       key_mask = static_cast<const bool*>(key_mask_->const_data_ptr());
       mask_b = key_mask_->strides()[0], mask_l = key_mask_->strides()[1];
     }
-    if (!(dropout_p >= 0.0 && dropout_p < 1.0)) fail(where, "dropout_p", "in [0, 1)", std::to_string(dropout_p));
-    if (dropout_p > 0.0) {
-      if (!seed_.has_value()) fail(where, "seed", "an int64 scalar where dropout_p > 0", "none");
-      if (seed_->scalar_type() != ScalarType::Long || seed_->dim() != 0)
-        fail(where, "seed", "an int64 scalar", dtype_name(seed_->scalar_type()) + " " + to_text(shape_of(*seed_)));
-      check_equal(where, "seed", "on " + device_name(*seed_), "on " + device_name(q_), "q");
-      seed = static_cast<const int64_t*>(seed_->const_data_ptr());
-    }
+    seed = checked_seed(where, seed_, dropout_p, "q", q_);
   }
 
   // dout or out, of the shape of the output.

@@ -22,7 +22,7 @@ ReluCall call_of(const ReluDropout& a, const Tensor& result, double dropout_p) {
 
 Tensor relu_dropout_cuda(const Tensor& x, const std::optional<Tensor>& seed, double dropout_p) {
   const ReluDropout a("relu_dropout", x);
-  const int64_t* const seed_at = checked_seed(a.where, seed, dropout_p, x);
+  const int64_t* const seed_at = checked_seed(a.where, seed, dropout_p, "x", x);
   const Device device(x);
   const Tensor out = empty_like_h(x, {a.B, a.N, a.F});
   ReluCall p = call_of(a, out, dropout_p);

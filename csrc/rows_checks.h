@@ -19,18 +19,6 @@ inline Strided rows_of(const Tensor& t) {
   return {t.const_data_ptr(), s[0], s[1], s[2]};
 }
 
-// The seed's place on the device, or null where nothing is dropped.
-inline const int64_t* checked_seed(const char* where, const std::optional<Tensor>& seed, double dropout_p,
-                                   const Tensor& x) {
-  if (!(dropout_p >= 0.0 && dropout_p < 1.0)) fail(where, "dropout_p", "in [0, 1)", std::to_string(dropout_p));
-  if (dropout_p == 0.0) return nullptr;
-  if (!seed.has_value()) fail(where, "seed", "an int64 scalar where dropout_p > 0", "none");
-  if (seed->scalar_type() != ScalarType::Long || seed->dim() != 0)
-    fail(where, "seed", "an int64 scalar", dtype_name(seed->scalar_type()) + " " + to_text(shape_of(*seed)));
-  check_equal(where, "seed", "on " + device_name(*seed), "on " + device_name(x), "x");
-  return static_cast<const int64_t*>(seed->const_data_ptr());
-}
-
 // Sizes, strides (in elements) and data of one call of dropout_add_layer_norm.
 struct AddNorm {
   const char* where;
@@ -65,7 +53,7 @@ struct AddNorm {
     x = rows_of(x_), residual = rows_of(residual_);
     weight = weight_.const_data_ptr(), bias = bias_.const_data_ptr();
     weight_e = weight_.strides()[0], bias_e = bias_.strides()[0];
-    seed = checked_seed(where, seed_, dropout_p, x_);
+    seed = checked_seed(where, seed_, dropout_p, "x", x_);
   }
 
   // dout, of the shape of x.

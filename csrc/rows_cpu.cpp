@@ -165,7 +165,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward_cpu(
 
 Tensor relu_dropout_cpu(const Tensor& x, const std::optional<Tensor>& seed, double dropout_p) {
   const ReluDropout p("relu_dropout", x);
-  const int64_t* seed_at = checked_seed(p.where, seed, dropout_p, x);
+  const int64_t* seed_at = checked_seed(p.where, seed, dropout_p, "x", x);
   const Tensor out = empty_like_h(x, {p.B, p.N, p.F});
   void* to = out.mutable_data_ptr();
   const auto run = kernels().relu_row[int(p.dtype)];

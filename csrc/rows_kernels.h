@@ -36,10 +36,9 @@ MLHEAD_INLINE Counters<T> counters_from(uint32_t first) {
   return number;
 }
 
-// Runs f(e, lanes) over a row: whole registers, then the rest through a copy padded with zeros (the scratch of a row
-// has room for them).
+// So many numbers in whole registers.
 template <typename T>
-MLHEAD_INLINE int64_t padded_row(int64_t count) {
+MLHEAD_INLINE int64_t padded(int64_t count) {
   return divide_up(count, kLanes<T>) * kLanes<T>;
 }
 
@@ -47,7 +46,7 @@ MLHEAD_INLINE int64_t padded_row(int64_t count) {
 template <typename S, typename T>
 static void widen_row(int64_t count, const S* from, int64_t stride, T* to) {
   copy_block<S, T>(1, count, from, 0, stride, to, count);
-  for (int64_t e = count; e < padded_row<T>(count); ++e) to[e] = T(0);
+  for (int64_t e = count; e < padded<T>(count); ++e) to[e] = T(0);
 }
 
 // z = residual + dropout(x) in scratch.
@@ -84,7 +83,7 @@ MLHEAD_INLINE T sum_over_row(int64_t count, const F& f) {
 template <typename S>
 static void norm_row(const NormRow& t) {
   using T = typename Accumulate<S>::type;
-  T *z = static_cast<T*>(t.scratch), *other = z + padded_row<T>(t.E);
+  T *z = static_cast<T*>(t.scratch), *other = z + padded<T>(t.E);
   const T *weight = static_cast<const T*>(t.weight), *bias = static_cast<const T*>(t.bias);
   residual_sum<S, T>(t, z, other);
   const T mean = sum_over_row<T>(t.E, [&](int64_t e) { return load(z + e); }) / T(t.E);
@@ -108,7 +107,7 @@ template <typename S>
 static void norm_row_backward(const NormRow& t) {
   using T = typename Accumulate<S>::type;
   constexpr int L = kLanes<T>;
-  T *n = static_cast<T*>(t.scratch), *g = n + padded_row<T>(t.E), *d = g + padded_row<T>(t.E);
+  T *n = static_cast<T*>(t.scratch), *g = n + padded<T>(t.E), *d = g + padded<T>(t.E);
   const T* weight = static_cast<const T*>(t.weight);
   const T mean = *static_cast<const T*>(t.mean), rstd = *static_cast<const T*>(t.rstd);
   residual_sum<S, T>(t, n, g);
@@ -173,7 +172,7 @@ static void relu_row_backward(const ReluRow& t) {
   const int64_t whole = t.x_f == 1 && t.dout_f == 1 ? t.F - t.F % L : 0;
   for (int64_t f = 0; f < whole; f += L) store(dx + f, step(load(x + f), load(dout + f)));
   if (whole == t.F) return;
-  T *rest = static_cast<T*>(t.scratch), *d = rest + padded_row<T>(t.F);
+  T *rest = static_cast<T*>(t.scratch), *d = rest + padded<T>(t.F);
   widen_row<S, T>(t.F - whole, x + whole * t.x_f, t.x_f, rest);
   widen_row<S, T>(t.F - whole, dout + whole * t.dout_f, t.dout_f, d);
   for (int64_t f = 0; f < t.F - whole; f += L) store(rest + f, step(load(rest + f), load(d + f)));

@@ -39,6 +39,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import device_guard
+from ._dropout import dropout_arguments, image_keys, survives
 
 MOST_COLUMNS = 4096  # that a program holds in registers
 # Of all runs together: 528 programs of 4 warps, 4 for each multiprocessor of an H100.
@@ -94,34 +95,13 @@ def _columns(E: int) -> int:
     return min(MOST_COLUMNS, max(32, triton.next_power_of_2(E)))
 
 
-def dropout_arguments(seed: Tensor | None, dropout_p: float, placeholder: Tensor) -> dict[str, Any]:
-    """What a launch of a kernel with dropout gets, without dropout a placeholder for the seed."""
-    return {
-        "seed_ptr": placeholder if seed is None else seed,
-        # 2^31 less than the hash's, so that it is an int32 whatever the probability.
-        "threshold": min(int(dropout_p * 2.0**32), 2**32 - 1) - 2**31,
-        "keep_scale": 1.0 / (1.0 - dropout_p),
-        "DROPOUT": seed is not None and dropout_p > 0.0,
-    }
-
-
-@triton.jit
-def _mix(x):
-    """The lowbias32 hash of a uint32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
 @triton.jit
 def dropout_keys(seed_ptr, b, DROPOUT: tl.constexpr):
     """The two keys (uint32) of every image of b; zeros without dropout."""
     key0 = b.to(tl.uint32)
     key1 = key0
     if DROPOUT:
-        seed = tl.load(seed_ptr)
-        key0 = _mix(_mix(seed.to(tl.uint32) + key0) + (seed >> 32).to(tl.uint32))
-        key1 = _mix(key0 + 1)
+        key0, key1 = image_keys(tl.load(seed_ptr), b)
     return key0, key1
 
 
@@ -129,17 +109,11 @@ def dropout_keys(seed_ptr, b, DROPOUT: tl.constexpr):
 def dropout_factor(i, key0, key1, threshold, keep_scale, DROPOUT: tl.constexpr):
     """What dropout multiplies the numbers i (uint32) of an image by: 0 or keep_scale, or 1 without dropout.
 
-    A factor and not a selection: what is not finite stays so, as in plain torch. The threshold is 2^31 less than the
-    hash's.
+    A factor and not a selection: what is not finite stays so, as in plain torch.
     """
     factor = tl.full((1, 1), 1.0, tl.float32)
     if DROPOUT:
-        u = i + key0
-        u = ((u ^ (u >> 16)) * 0x7FEB352D) ^ key1
-        u = (u ^ (u >> 15)) * 0x846CA68B
-        u = u ^ (u >> 16)
-        kept = u >= tl.full((1, 1), threshold, tl.int32).to(tl.uint32) + 0x80000000
-        factor = tl.where(kept, keep_scale, 0.0)
+        factor = tl.where(survives(i, key0, key1, threshold), keep_scale, 0.0)
     return factor
 
 

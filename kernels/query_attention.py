@@ -53,6 +53,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import Device, device_guard, device_of, dot_precision
+from ._dropout import dropout_arguments, image_keys, survives
 
 LOG2E = tl.constexpr(1.4426950408889634)
 
@@ -230,29 +231,10 @@ def _delta_of_rows(
 
 
 @triton.jit
-def _mix(x):
-    """The lowbias32 hash of a uint32."""
-    x = (x ^ (x >> 16)) * 0x7FEB352D
-    x = (x ^ (x >> 15)) * 0x846CA68B
-    return x ^ (x >> 16)
-
-
-@triton.jit
-def _dropout_keys(seed, b):
-    """The two keys of an image, uint32."""
-    key0 = _mix(_mix(seed.to(tl.uint32) + tl.cast(b, tl.uint32)) + (seed >> 32).to(tl.uint32))
-    return key0, _mix(key0 + 1)
-
-
-@triton.jit
 def _kept(i, seed, b, threshold):
-    """Which of the weights with the numbers i (uint32) of an image survive; threshold is 2^31 less than the hash's."""
-    key0, key1 = _dropout_keys(seed, b)
-    u = i + key0
-    u = ((u ^ (u >> 16)) * 0x7FEB352D) ^ key1
-    u = (u ^ (u >> 15)) * 0x846CA68B
-    u = u ^ (u >> 16)
-    return u >= tl.full((1, 1), threshold, tl.int32).to(tl.uint32) + 0x80000000
+    """Which of the weights with the numbers i (uint32) of an image survive."""
+    key0, key1 = image_keys(seed, b)
+    return survives(i, key0, key1, threshold)
 
 
 @triton.jit
@@ -749,20 +731,15 @@ def _arguments(
 ) -> dict[str, Any]:
     """What all launches share."""
     width = q.shape[-1] // num_heads
-    dropout = seed is not None and dropout_p > 0.0
     return {
         "q_ptr": q,
         "k_ptr": k,
         "v_ptr": v,
         "key_mask_ptr": k if key_mask is None else key_mask,
-        "seed_ptr": k if seed is None else seed,
         "G": q.shape[-2],
         "L": k.shape[1],
         "H": num_heads,
         "scale": 1.0 / math.sqrt(width),
-        # 2^31 less than the hash's, so that it is an int32 whatever the probability.
-        "threshold": min(int(dropout_p * 2.0**32), 2**32 - 1) - 2**31,
-        "keep_scale": 1.0 / (1.0 - dropout_p),
         "q_stride_b": 0 if q.ndim == 2 else q.stride(0),
         "q_stride_g": q.stride(-2),
         "q_stride_e": q.stride(-1),
@@ -776,8 +753,8 @@ def _arguments(
         "key_mask_stride_l": 0 if key_mask is None else key_mask.stride(1),
         "WIDTH": width,
         "HAS_MASK": key_mask is not None,
-        "DROPOUT": dropout,
         "PRECISION": dot_precision(q),
+        **dropout_arguments(seed, dropout_p, k),
     }
 
 

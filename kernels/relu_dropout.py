@@ -30,7 +30,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ._device import device_guard
-from .dropout_add_layer_norm import dropout_arguments, dropout_factor, dropout_keys
+from ._dropout import dropout_arguments
+from .dropout_add_layer_norm import dropout_factor, dropout_keys
 
 
 @dataclass(frozen=True)
