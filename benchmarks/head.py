@@ -203,10 +203,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--seconds-each", type=float, default=4.0, help="time for one provider and pass")
     add("--out", type=Path, help="results file; default: benchmarks/results/<device>/<commit>.jsonl")
     options = cli.parse_args(arguments)
-    facts = machine.facts(options.device)
-    folder = machine.ROOT / "benchmarks" / "results" / machine.slug(options.device)
-    path = options.out or folder / f"{facts['commit']}.jsonl"
-    print(f"{facts['device']}, torch {torch.__version__}, commit {facts['commit']}{' (dirty)' * bool(facts['dirty'])}")
+    path = options.out or machine.results_file(options.device)
+    print(machine.banner(options.device))
     rows: list[dict[str, Any]] = []
     for dtype in options.dtype or (["fp32"] if options.device == "cpu" else ["bf16"]):
         for workload in options.workload or DEFAULT[options.device]:

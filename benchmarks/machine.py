@@ -72,3 +72,14 @@ def slug(device: str) -> str:
     name = about["device"] if device == "cuda" else f"{about['device']} {about['threads']} threads"
     name = re.sub(r"\((r|tm)\)|\bcpu\b", " ", name.lower())
     return re.sub(r"[^a-z0-9.]+", "-", name).strip("-")
+
+
+def results_file(device: str) -> Path:
+    """Where the rows of this device and commit go."""
+    return ROOT / "benchmarks" / "results" / slug(device) / f"{commit()['commit']}.jsonl"
+
+
+def banner(device: str) -> str:
+    """Device, torch and commit in one line for people."""
+    about = facts(device)
+    return f"{about['device']}, torch {torch.__version__}, commit {about['commit']}{' (dirty)' * bool(about['dirty'])}"

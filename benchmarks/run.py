@@ -260,13 +260,10 @@ def main(arguments: list[str] | None = None) -> int:
     if not todo:
         cli.error("no workload is left by the filters")
     began = time.monotonic()
-    path = (
-        options.out
-        or machine.ROOT / "benchmarks" / "results" / machine.slug(device) / f"{machine.commit()['commit']}.jsonl"
-    )
+    path = options.out or machine.results_file(device)
     facts = machine.facts(device)
     there = {(r["title"], r["commit"], r["dirty"]) for r in op_rows(path)} if options.resume else set()
-    print(f"{facts['device']}, torch {torch.__version__}, commit {facts['commit']}{' (dirty)' * bool(facts['dirty'])}")
+    print(machine.banner(device))
     print(f"rows go to {path}", flush=True)
 
     rows: list[Row] = []

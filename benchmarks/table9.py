@@ -228,9 +228,8 @@ def main(arguments: list[str] | None = None) -> int:
     add("--out", type=Path, help="results file; default: benchmarks/results/<device>/<commit>.jsonl")
     options = cli.parse_args(arguments)
     facts = machine.facts(options.device)
-    folder = machine.ROOT / "benchmarks" / "results" / machine.slug(options.device)
-    path = options.out or folder / f"{facts['commit']}.jsonl"
-    print(f"{facts['device']}, torch {torch.__version__}, commit {facts['commit']}{' (dirty)' * bool(facts['dirty'])}")
+    path = options.out or machine.results_file(options.device)
+    print(machine.banner(options.device))
     rows: list[dict[str, Any]] = []
     for num_classes in options.classes:
         names = [n for n in options.head or HEADS if num_classes <= MOST_CLASSES.get(n, num_classes)]

@@ -8,6 +8,9 @@
 // fp16 and bf16 run on tensor cores (mma through nvcuda::wmma, sm_80 or later) and accumulate in fp32; fp32 and fp64
 // run on the ordinary units, so fp32 is never rounded to TF32. Where k is long and the grid small, k is cut into parts
 // whose sums are added by a second kernel in a fixed order: no atomics, the same bits on every run.
+//
+// Not yet run on a GPU: compiled for sm_80, sm_90 and sm_100, its logic tested on CPU threads.
+
 #include "group_fc.h"
 
 #include <cuda_runtime.h>

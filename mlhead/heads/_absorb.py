@@ -33,7 +33,8 @@ class Rates:
 
 
 # CPU: fitted to the attention layer alone, absorbed over standard time, fp32, forward and backward, interleaved on two
-# cores of an AMD EPYC (AVX2), B = 8, E = 768, H = 8, queries of each image (shared by the batch):
+# cores of an AMD EPYC (AVX2) beside another process, commit 8878219, torch 2.14.1, by a script that is not kept; B = 8,
+# E = 768, H = 8, queries of each image (shared by the batch):
 #   L = 196:  G = 20  0.60 (0.44)   G = 40  1.03 (0.83)   G = 60  1.17 (1.14)   G = 80  1.65 (1.20)
 #   L =  49:  G = 20  1.30 (0.76)   G = 40  1.65 (1.36)
 # CUDA: assumed, not measured: the kernels cut a head of this width into parts.
