@@ -59,9 +59,10 @@ X86_FLAGS = {
 
 IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
 GEMM = ["csrc/gemm_baseline.cpp", "csrc/gemm_plan.cpp", "csrc/isa.cpp", *(X86_FLAGS if IS_X86 else ())]
-CPU_SOURCES = [*GEMM, *(f"csrc/{op}_cpu.cpp" for op in ("group_fc", "csra_pool", "query_attention", "rows"))]
+CPU_OPS = ("group_fc", "csra_pool", "query_attention", "rows", "class_loss", "group_fc_loss")
+CPU_SOURCES = [*GEMM, *(f"csrc/{op}_cpu.cpp" for op in CPU_OPS)]
 CPU = Extension("mlhead._mlhead_cpu", CPU_SOURCES, py_limited_api=True)
-CUDA_OPS = ("group_fc", "csra_pool", "query_attention", "dropout_add_layer_norm", "relu_dropout")
+CUDA_OPS = ("group_fc", "csra_pool", "query_attention", "dropout_add_layer_norm", "relu_dropout", "class_loss")
 CUDA_SOURCES = [f"csrc/{op}{end}" for op in CUDA_OPS for end in (".cu", "_cuda.cpp")]
 CUDA = Extension("mlhead._mlhead_cuda", CUDA_SOURCES, py_limited_api=True)
 TESTS = Extension("mlhead._C", [*GEMM, *(["csrc/gemm_wide.cpp"] if IS_X86 else []), "csrc/bindings.cpp"])

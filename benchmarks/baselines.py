@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mlhead import SparseTargets
 from mlhead.testing import Sample
 
 Baseline = Callable[..., Tensor]
@@ -149,6 +150,34 @@ def relu_dropout_eager(x: Tensor, *, dropout_p: float, **options: Any) -> Tensor
     return F.dropout(F.relu(x), dropout_p)
 
 
+def published_asl(logits: Tensor, y: Tensor) -> Tensor:
+    """ASL as the papers' training scripts compute it, with gamma 4 and 0, margin 0.05, and the mean for the sum."""
+    p = torch.sigmoid(logits.float())
+    q = (1 - p + 0.05).clamp(max=1)
+    loss = y * torch.log(p.clamp(min=1e-8)) + (1 - y) * torch.log(q.clamp(min=1e-8))
+    with torch.no_grad():
+        focal = torch.pow(1 - p * y - q * (1 - y), 4 * (1 - y))
+    return -(loss * focal).mean()
+
+
+_LOSSES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "bce": lambda logits, y: F.binary_cross_entropy_with_logits(logits.float(), y),
+    "asl": published_asl,
+    "softmax": lambda logits, y: F.cross_entropy(logits.float(), y),
+}
+
+
+def with_loss(logits_of: Baseline) -> Baseline:
+    """A baseline of logits, then the loss of them and of dense targets."""
+
+    def run(*, loss: str, targets: Any, **arguments: Any) -> Tensor:
+        logits = logits_of(**arguments)
+        y = targets.to_dense(torch.float32) if isinstance(targets, SparseTargets) else targets.float()
+        return _LOSSES[loss](logits, y)
+
+    return run
+
+
 # The first of each op is the papers' formulation; `compiled` in run.py takes all that are listed here.
 BASELINES: dict[str, dict[str, Baseline]] = {
     "group_fc": {"papers: loop": group_fc_loop, "torch: bmm": group_fc_bmm, "torch: einsum": group_fc_einsum},
@@ -160,6 +189,8 @@ BASELINES: dict[str, dict[str, Baseline]] = {
     },
     "dropout_add_layer_norm": {"papers: dropout, add, norm": dropout_add_layer_norm_eager},
     "relu_dropout": {"papers: relu, dropout": relu_dropout_eager},
+    "group_fc_loss": {"papers: loop, dense loss": with_loss(group_fc_loop), "torch: bmm": with_loss(group_fc_bmm)},
+    "csra_loss": {"papers: conv, dense loss": with_loss(csra_pool_conv), "torch: matmul": with_loss(csra_pool_matmul)},
 }
 
 # How a baseline has its inputs in memory, where that is not as the ops have them.

@@ -19,6 +19,7 @@
 #include <optional>
 
 #include "attention.h"
+#include "class_loss_task.h"
 #include "dtypes.h"
 #include "pool.h"
 #include "rows.h"
@@ -78,6 +79,9 @@ struct Kernels {
   void (*norm_row_backward[kDtypes])(const NormRow& task);
   void (*relu_row[kDtypes])(const ReluRow& task);
   void (*relu_row_backward[kDtypes])(const ReluRow& task);
+  // The loss of a row of logits in the accumulation type, and a row's part of softmax's statistics.
+  void (*loss_row[kDtypes])(LossRow& row);
+  void (*softmax_row[kDtypes])(LossRow& row);
   // The cross-attention of one head and one image; packed_bytes and pack_queries are for queries shared by all images.
   void (*attend_forward[kDtypes])(const AttentionTask& task);
   void (*attend_backward[kDtypes])(const AttentionTask& task);
@@ -94,7 +98,7 @@ const Kernels* kernels_by_name(const char* name);
 
 // At least `bytes` of memory aligned to 64, reused from call to call (a megabyte or two). A thread has two such blocks:
 // one for products, and one for kernels that are made of products.
-inline constexpr int kProductScratch = 0, kAttentionScratch = 1;
+inline constexpr int kProductScratch = 0, kAttentionScratch = 1, kLossScratch = 1;
 void* thread_scratch(int64_t bytes, int block = kProductScratch);
 
 }  // namespace mlhead

@@ -13,6 +13,7 @@
 #include <type_traits>
 #include <utility>
 
+#include "class_loss_kernels.h"
 #include "gemm.h"
 #include "micro_kernel.h"
 #include "pack.h"
@@ -286,6 +287,8 @@ inline constexpr Kernels kKernels = {
     {norm_row_backward<float>, norm_row_backward<double>, norm_row_backward<Half>, norm_row_backward<BFloat16>},
     {relu_row<float>, relu_row<double>, relu_row<Half>, relu_row<BFloat16>},
     {relu_row_backward<float>, relu_row_backward<double>, relu_row_backward<Half>, relu_row_backward<BFloat16>},
+    {loss_row<float>, loss_row<double>, loss_row<float>, loss_row<float>},
+    {softmax_row<float>, softmax_row<double>, softmax_row<float>, softmax_row<float>},
     {attend_forward<float>, attend_forward<double>, attend_forward<Half>, attend_forward<BFloat16>},
     {attend_backward<float>, attend_backward<double>, attend_backward<Half>, attend_backward<BFloat16>},
     {pack_queries<float>, pack_queries<double>, pack_queries<Half>, pack_queries<BFloat16>},

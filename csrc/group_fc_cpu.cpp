@@ -6,10 +6,6 @@
 // C) logits, so nothing is transposed, padded or copied as a whole in either direction.
 #include <torch/csrc/stable/ops.h>
 
-#if defined(__linux__)
-#include <sys/mman.h>
-#endif
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -17,6 +13,7 @@
 #include "build_info.h"
 #include "gemm.h"
 #include "group_fc_checks.h"
+#include "pages.h"
 
 namespace mlhead {
 namespace {
@@ -44,19 +41,10 @@ void for_each_tile(int64_t groups, const Plan& plan, double work_of_group, const
   torch::stable::parallel_for(0, items, grain, range);
 }
 
-// An output on the CPU. Above 32 MiB glibc maps fresh memory for each one, and 4 KiB page faults then cost more than
-// the arithmetic (45 ms for 79 MB, measured): ask for huge pages, where the system offers them on request.
+// An output on the CPU.
 Tensor output(const Tensor& h, const Shape& shape) {
   const Tensor out = empty_like_h(h, shape);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr int64_t page = int64_t(2) << 20;
-  const int64_t bytes = out.numel() * int64_t(out.element_size());
-  if (bytes > (int64_t(32) << 20)) {
-    const uintptr_t begin = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + page - 1) / page * page;
-    const uintptr_t end = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + uintptr_t(bytes)) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failing is fine
-  }
-#endif
+  advise_huge_pages(out.mutable_data_ptr(), out.numel() * int64_t(out.element_size()));
   return out;
 }
 

@@ -9,6 +9,7 @@
 // Included by gemm_kernels.h, once for each instruction set.
 #pragma once
 
+#include "pack.h"
 #include "pool.h"
 #include "simd.h"
 

@@ -8,17 +8,26 @@ _root = _Path(__file__).resolve().parent
 if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "__init__.py").is_file():
     __path__.append(str(_root.parent))
 
-from . import losses  # noqa: E402
+from . import losses, optim  # noqa: E402
 from ._backend import BackendError, backend, record_backends  # noqa: E402
 from .backbones import attach_head, with_max_score  # noqa: E402
 from .flops import register_flop_formulas  # noqa: E402
 from .heads import CSRAHead, GAPHead, MLDecoder, TransformerDecoder, plain_max_score  # noqa: E402
+from .memory import HeadMemory, head_memory  # noqa: E402
 from .ops import (  # noqa: E402
+    SparseTargets,
     csra_attention,
+    csra_loss,
     csra_pool,
     decompositions,
     dropout_add_layer_norm,
     group_fc,
+    group_fc_loss,
+    group_fc_select,
+    group_fc_topk,
+    linear_loss,
+    linear_select,
+    linear_topk,
     query_attention,
     query_attention_weights,
     relu_dropout,
@@ -30,18 +39,29 @@ __all__ = [
     "BackendError",
     "CSRAHead",
     "GAPHead",
+    "HeadMemory",
     "MLDecoder",
+    "SparseTargets",
     "TransformerDecoder",
     "attach_head",
     "backend",
     "csra_attention",
+    "csra_loss",
     "csra_pool",
     "decompositions",
     "dropout_add_layer_norm",
     "group_fc",
+    "group_fc_loss",
+    "group_fc_select",
+    "group_fc_topk",
     "head_from_public",
+    "head_memory",
+    "linear_loss",
+    "linear_select",
+    "linear_topk",
     "load_public",
     "losses",
+    "optim",
     "plain_max_score",
     "public_state_dict",
     "query_attention",

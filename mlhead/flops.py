@@ -41,6 +41,32 @@ def _query_attention_backward(dout: Shape, q: Shape, k: Shape, *rest: Any, **_: 
     return (2 + sum(rest[-2])) * _query_attention(q, k) // 2
 
 
+def _products_of_loss(loss: str, make: Sequence[bool]) -> int:
+    """How often a loss in the head multiplies: logits, again for softmax's gradients, and dh and dweight."""
+    return 1 + (1 if loss == "softmax" and any(make) else 0) + sum(make[:2])
+
+
+def _group_fc_loss(h: Shape, weight: Shape, bias: Any, *rest: Any, **_: Any) -> int:
+    num_classes, loss, make = rest[6], rest[7], rest[15]
+    return _products_of_loss(loss, make) * _group_fc(h, weight, bias, num_classes, "")
+
+
+def _group_fc_loss_backward(dout: Shape, h: Shape, weight: Shape, bias: Any, *rest: Any, **_: Any) -> int:
+    return _products_of_loss(rest[7], rest[16]) * _group_fc(h, weight, bias, rest[6], "")
+
+
+def _csra_loss(x: Shape, weight: Shape, bias: Any, *rest: Any, **_: Any) -> int:
+    return _products_of_loss(rest[11], rest[19]) * _csra_pool(x, weight)
+
+
+def _csra_loss_backward(dout: Shape, x: Shape, weight: Shape, bias: Any, *rest: Any, **_: Any) -> int:
+    return _products_of_loss(rest[11], rest[20]) * _csra_pool(x, weight)
+
+
+def _group_fc_topk(h: Shape, weight: Shape, bias: Any, num_classes: int, *_: Any, **__: Any) -> int:
+    return _group_fc(h, weight, bias, num_classes, "")
+
+
 def formulas() -> dict[Any, Any]:
     """{library op: function of shapes}, the custom_mapping of torch's FlopCounterMode once they are registered."""
     ops = torch.ops.mlhead
@@ -51,6 +77,11 @@ def formulas() -> dict[Any, Any]:
         ops.csra_pool_backward: _csra_pool_backward,
         ops.query_attention: _query_attention,
         ops.query_attention_backward: _query_attention_backward,
+        ops.group_fc_loss: _group_fc_loss,
+        ops.group_fc_loss_backward: _group_fc_loss_backward,
+        ops.csra_loss: _csra_loss,
+        ops.csra_loss_backward: _csra_loss_backward,
+        ops.group_fc_topk: _group_fc_topk,
     }
 
 

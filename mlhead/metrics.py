@@ -6,7 +6,10 @@ import torch
 from torch import Tensor
 
 from mlhead._check import fail
+from mlhead._sparse_metrics import TopKMetrics, propensities
 from mlhead._usage import require
+
+__all__ = ["NAMES", "MultiLabelMetrics", "TopKMetrics", "propensities"]
 
 # The order in which tables and logs show them.
 _AT_THRESHOLD = ("CP", "CR", "CF1", "OP", "OR", "OF1")

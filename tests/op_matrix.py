@@ -78,13 +78,15 @@ def strided(tensor: Tensor) -> Tensor:
 
 def padded(tensor: Tensor) -> Tensor:
     """Rows of a wider buffer of NaN: the last axis contiguous, nothing aligned."""
+    if tensor.ndim == 0:
+        return tensor
     buffer = tensor.new_full([*tensor.shape[:-1], tensor.shape[-1] + 3], float("nan"))
     return buffer[..., 1 : 1 + tensor.shape[-1]].copy_(tensor)
 
 
 def expanded(tensor: Tensor) -> Tensor:
     """The first index of the first axis for all, with stride 0."""
-    return tensor[:1].expand(tensor.shape) if tensor.shape[0] else tensor
+    return tensor[:1].expand(tensor.shape) if tensor.ndim and tensor.shape[0] else tensor
 
 
 LAYOUTS = {f.__name__: f for f in (contiguous, transposed, strided, padded, expanded)}

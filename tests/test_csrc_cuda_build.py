@@ -22,6 +22,7 @@ KERNELS = {
     "query_attention": 36,
     "dropout_add_layer_norm": 40,
     "relu_dropout": 16,
+    "class_loss": 22,
 }
 _USAGE = re.compile(r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)")
 _FUNCTION = re.compile(r"Function : (\S+)")

@@ -39,6 +39,28 @@ def test_ops_count_what_their_case_says(op: str) -> None:
     assert counter.get_total_flops() in allowed
 
 
+@pytest.mark.parametrize("loss", ["asl", "softmax"])
+@pytest.mark.parametrize("op", ["group_fc_loss", "csra_loss"])
+def test_losses_count_their_products(op: str, loss: str) -> None:
+    """One product without gradients; three with them, four with softmax; gradients of gradients make them again."""
+    case = CASES[op]
+    dims = {"B": 3, "G": 2, "L": 4, "E": 8, "D": 8, "H": 2, "C": 18, "loss": loss, "bias": True}
+    sample = case.make(dims, torch.float32, "cpu", 0).leaves()
+    product, products = case.flops(dims)["forward"], 4 if loss == "softmax" else 3
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        sample.call()
+    assert counter.get_total_flops() == product
+    with FlopCounterMode(display=False) as counter:
+        out = sample.call()
+    assert counter.get_total_flops() == products * product
+    with FlopCounterMode(display=False) as counter:
+        sample.gradients(out, retain_graph=True)
+    assert counter.get_total_flops() == 0
+    with FlopCounterMode(display=False) as counter:
+        sample.gradients(out, create_graph=True)
+    assert counter.get_total_flops() == products * product
+
+
 def test_heads_add_what_the_paper_says() -> None:
     """ML-Decoder, Table 9: 100 groups add 0.6 G multiply-adds to the 5.7 of TResNet-M at 224, whatever the classes."""
     for num_classes in (100, 1000, 5000):

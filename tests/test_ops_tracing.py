@@ -30,14 +30,21 @@ def _require(case: OpCase, backend: str) -> None:
         pytest.skip(reason)
 
 
-def _as_function(sample: Sample, backend: str | None = None) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+def _as_function(
+    sample: Sample, backend: str | None = None, with_options: bool = False
+) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """A sample as a function of its tensors, if asked also of those among its options, and these tensors."""
     names = [name for name, t in sample.tensors.items() if t is not None]
     missing = {name: None for name, t in sample.tensors.items() if t is None}
 
-    def function(*tensors: Tensor) -> Tensor:
-        return sample.function(**dict(zip(names, tensors, strict=True)), **missing, **sample.options, backend=backend)
+    given = [name for name, value in sample.options.items() if with_options and isinstance(value, Tensor)]
 
-    return function, tuple(sample.tensors[name] for name in names)  # type: ignore[misc]
+    def function(*tensors: Tensor) -> Tensor:
+        arguments = dict(zip([*names, *given], tensors, strict=True))
+        return sample.function(**{**missing, **sample.options, **arguments}, backend=backend)
+
+    inputs = [*(sample.tensors[name] for name in names), *(sample.options[name] for name in given)]
+    return function, tuple(inputs)  # type: ignore[arg-type]
 
 
 @each_case
@@ -67,7 +74,8 @@ def _recorded_calls(case: OpCase, sample: Sample, backend: str) -> list[tuple]:
             return op(*args, **(kwargs or {}))
 
     with Record():
-        sample.gradients(sample.call(backend))
+        # A loss makes its gradients in the forward; only those of gradients need the other op.
+        sample.gradients(sample.call(backend), create_graph=case.name.endswith("_loss"))
     # The schema leaves requires_grad to the caller.
     return [
         (op, tuple(a.detach().requires_grad_(a.is_floating_point()) if isinstance(a, Tensor) else a for a in args))
@@ -80,13 +88,13 @@ def _recorded_calls(case: OpCase, sample: Sample, backend: str) -> list[tuple]:
 def test_compile_is_one_graph_with_a_dynamic_batch(case: OpCase, backend: str) -> None:
     _require(case, backend)
     torch._dynamo.reset()
-    dims = dict(case.shapes[5 if case.name == "group_fc" else 3])
+    dims = dict(case.shapes[{"group_fc": 5, "group_fc_loss": 4, "csra_loss": 4}.get(case.name, 3)])
     compiled = torch.compile(
-        _as_function(case.make(dims, torch.float32, "cpu", 0), backend)[0], fullgraph=True, dynamic=True
+        _as_function(case.make(dims, torch.float32, "cpu", 0), backend, True)[0], fullgraph=True, dynamic=True
     )
     for B in (3, 5, 8):
         sample = case.make({**dims, "B": B}, torch.float32, "cpu", B).leaves()
-        out = compiled(*_as_function(sample)[1])
+        out = compiled(*_as_function(sample, with_options=True)[1])
         expected = sample.run(backend)
         torch.testing.assert_close(out, expected["out"])
         for name, grad in sample.gradients(out).items():
@@ -156,7 +164,7 @@ def test_fake_tensors_on_cuda(case: OpCase) -> None:
         results = op(sample.dout, *calls, [t is not None for t in sample.tensors.values()], "auto")
         results = (results,) if isinstance(results, Tensor) else results
     assert out.device.type == "cuda"
-    assert (out.shape, out.dtype, out.is_contiguous()) == (sample.dout.shape, torch.bfloat16, True)
+    assert (out.shape, out.dtype, out.is_contiguous()) == (sample.dout.shape, sample.dout.dtype, True)
     for result, tensor in zip([r for r in results if r.numel()], grads, strict=True):
         assert (result.shape, result.dtype, result.device) == (tensor.shape, tensor.dtype, tensor.device)
 
@@ -201,11 +209,13 @@ def test_autocast_rule(case: OpCase, compiled: bool) -> None:
     sample = case.make(case.shapes[-1], torch.float32, "cpu", 0).leaves()
     first, *others = sample.tensors
     tensors = {**sample.tensors, first: sample.tensors[first].detach().bfloat16().requires_grad_()}  # type: ignore[union-attr]
-    mixed = Sample(sample.function, tensors, sample.options, sample.dout.bfloat16())
+    is_loss = sample.dout.ndim == 0
+    dout = sample.dout if is_loss else sample.dout.bfloat16()
+    mixed = Sample(sample.function, tensors, sample.options, dout)
     function, inputs = _as_function(mixed)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out = (torch.compile(function, fullgraph=True, backend="aot_eager") if compiled else function)(*inputs)
-    assert out.dtype == torch.bfloat16
+    assert out.dtype == dout.dtype
     grads = mixed.gradients(out)
     assert grads[first].dtype == torch.bfloat16
     assert all(grads[name].dtype == torch.float32 for name in others if name in grads)

@@ -98,12 +98,12 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
-def _is_matrix(x: Tensor) -> bool:
+def is_matrix(x: Tensor) -> bool:
     """Whether all positions of all images (B, L, D) are the rows of one matrix."""
     return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
-def _add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
     """Adds a b to `total` in its dtype, or sets it to that if it is the first."""
     if total.dtype == a.dtype:
         torch.addmm(total, a, b, beta=0 if first else 1, out=total)
@@ -130,7 +130,7 @@ class Chunk(NamedTuple):
         return slice(self.first, self.first + self.weight.shape[0])
 
 
-def _chunks(weight: Tensor, most: int, normalize: bool) -> Iterator[Chunk]:
+def split(weight: Tensor, most: int, normalize: bool) -> Iterator[Chunk]:
     H, C, D = weight.shape
     if _is_rows(weight):
         heads = [(0, weight.as_strided((H * C, D), weight.stride()[1:]))]
@@ -149,21 +149,21 @@ def _chunks(weight: Tensor, most: int, normalize: bool) -> Iterator[Chunk]:
                 yield Chunk(offset + begin, part, part, norm.reciprocal(), norm)
 
 
-def _images(x: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
+def image_ranges(x: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
     """Ranges of images. On a GPU the images of a map whose positions are no matrix rows are copied, a range at a time:
     a product for each image would cost more than the copy.
     """
     for begin in range(0, x.shape[0], most):
         part = x[begin : begin + most]
-        copy = part.device.type == "cuda" and not _is_matrix(part)
+        copy = part.device.type == "cuda" and not is_matrix(part)
         yield slice(begin, begin + part.shape[0]), part.contiguous() if copy else part
 
 
-def _make_scores(x: Tensor, rows: Tensor, scores: Tensor) -> None:
+def make_scores(x: Tensor, rows: Tensor, scores: Tensor) -> None:
     """Raw scores (b, L, n) of some images and columns, into contiguous memory."""
     b, L, D = x.shape
     n = rows.shape[0]
-    if _is_matrix(x):
+    if is_matrix(x):
         torch.mm(x.as_strided((b * L, D), x.stride()[1:]), rows.t(), out=scores.view(b * L, n))
     else:
         torch.bmm(x, rows.t().expand(b, D, n), out=scores)
@@ -184,12 +184,12 @@ def fits_the_scratch(x: Tensor, weight: Tensor) -> bool:
     return bool(scores * x.element_size() <= _machine(x).scratch_bytes)
 
 
-def _plan(x: Tensor, weight: Tensor, keep: bool) -> Plan:
+def chunk_plan(x: Tensor, weight: Tensor, keep: bool) -> Plan:
     """The sizes of the chunks; all columns at once where the scores are kept."""
     (B, L, D), (H, C, _) = x.shape, weight.shape
     machine = _machine(x)
     most_images = B
-    if x.device.type == "cuda" and not _is_matrix(x):
+    if x.device.type == "cuda" and not is_matrix(x):
         most_images = min(B, max(1, machine.scratch_bytes // max(1, L * D * x.element_size())))
     if keep:
         plan = Plan(most_images, H * C)
@@ -244,19 +244,42 @@ def forward(
     if B == 0 or N == 0:
         return x.new_zeros(B, weight.shape[1]), x.new_empty(0)
     keep = keep and fits_the_scratch(x, weight)
-    plan = _plan(x, weight, keep)
+    plan = chunk_plan(x, weight, keep)
     pooled = x.new_empty(B, N, dtype=accumulate_dtype(x.dtype))
     if not keep and pooling.fuses(x, N, math.ceil(B / plan.images) * math.ceil(N / plan.columns)):
         scale = _norms(weight).reciprocal().view(N) if normalize else None
         pooling.fused(x, weight, scale, options, pooled)
         return finish_logits(pooled, bias, options, x.dtype), x.new_empty(0)
     memory = _Scores(x, weight, plan, keep)
-    for images, part in _images(x, plan.images):
-        for chunk in _chunks(weight, plan.columns, normalize):
+    for images, part in image_ranges(x, plan.images):
+        for chunk in split(weight, plan.columns, normalize):
             scores = memory.view(images, chunk)
-            _make_scores(part, chunk.rows, scores)
+            make_scores(part, chunk.rows, scores)
             pooling.pool(scores, chunk.scale, options, chunk.first, pooled[images, chunk.columns])
     return finish_logits(pooled, bias, options, x.dtype), memory.memory if keep else x.new_empty(0)
+
+
+def add_gradients(
+    ds: Tensor, part: Tensor, chunk: Chunk, images: slice, dx: Tensor | None, total: Tensor | None
+) -> None:
+    """Adds the gradients that a chunk's ds (b, L, n) brings to dx (B L, D) and to the sum `total` (n, D) of dw."""
+    (b, L, n), D = ds.shape, part.shape[2]
+    rows = ds.view(b * L, n)
+    if dx is not None:
+        add_product(dx[images.start * L : images.stop * L], rows, chunk.rows, chunk.first == 0)
+    if total is not None and is_matrix(part):
+        tokens = part.as_strided((b * L, D), part.stride()[1:])
+        add_product(total, rows.t(), tokens, images.start == 0)
+    elif total is not None:
+        for i in range(b):
+            add_product(total, ds[i].t(), part[i], images.start + i == 0)
+
+
+def through_the_norm(pooling: Pooling, total: Tensor, chunk: Chunk) -> None:
+    """The gradient of the raw classifiers from that of the divided ones, in place."""
+    if chunk.norm is not None:
+        # ds was divided by the norm with its scale; the copy of fp16 was divided itself.
+        pooling.unit_rows_backward(total, chunk.weight, chunk.norm, chunk.scale is None)
 
 
 def backward(
@@ -274,48 +297,38 @@ def backward(
     need_dx, need_dweight, need_dbias = needs
     (B, L, D), (H, C, _) = x.shape, weight.shape
     empty = dlogits.new_empty(0)
-    dbias = _bias_gradient(dlogits, options, x.dtype) if need_dbias else empty
+    dbias = bias_gradient(dlogits, options, x.dtype) if need_dbias else empty
     if x.numel() == 0 or weight.numel() == 0 or not (need_dx or need_dweight):
         return x.new_zeros(B, L, D) if need_dx else empty, weight.new_zeros(H, C, D) if need_dweight else empty, dbias
 
     keep = kept.numel() > 0
-    plan = _plan(x, weight, keep)
+    plan = chunk_plan(x, weight, keep)
     memory = _Scores(x, weight, plan, keep)
     if keep:
         memory.memory.copy_(kept)
     accumulate = accumulate_dtype(x.dtype)
     one_column_range = plan.columns >= H * C
     # A map that is no matrix of positions adds to dw image by image, or on a GPU a range of copied images at a time.
-    one_image_range = plan.images >= B and (_is_matrix(x) or x.device.type == "cuda")
+    one_image_range = plan.images >= B and (is_matrix(x) or x.device.type == "cuda")
     dx = x.new_empty((B * L, D), dtype=x.dtype if one_column_range else accumulate) if need_dx else empty
     dweight = x.new_empty(H * C, D) if need_dweight else empty
-    for chunk in _chunks(weight, plan.columns, normalize):
-        n = chunk.weight.shape[0]
+    for chunk in split(weight, plan.columns, normalize):
         dw = dweight[chunk.columns] if need_dweight else empty
         total = dw if one_image_range or not need_dweight else dw.to(accumulate)
-        for images, part in _images(x, plan.images):
+        for images, part in image_ranges(x, plan.images):
             scores = memory.view(images, chunk)
             if not keep:
-                _make_scores(part, chunk.rows, scores)
+                make_scores(part, chunk.rows, scores)
             pooling.pool_backward(scores, chunk.scale, options, chunk.first, dlogits[images])
-            ds = scores.view(-1, n)
-            if need_dx:
-                _add_product(dx[images.start * L : images.stop * L], ds, chunk.rows, chunk.first == 0)
-            if need_dweight and _is_matrix(part):
-                tokens = part.as_strided((ds.shape[0], D), part.stride()[1:])
-                _add_product(total, ds.t(), tokens, images.start == 0)
-            elif need_dweight:
-                for i in range(part.shape[0]):
-                    _add_product(total, scores[i].t(), part[i], images.start + i == 0)
-        if need_dweight and chunk.norm is not None:
-            # ds was divided by the norm with its scale; the copy of fp16 was divided itself.
-            pooling.unit_rows_backward(total, chunk.weight, chunk.norm, chunk.scale is None)
+            add_gradients(scores, part, chunk, images, dx if need_dx else None, total if need_dweight else None)
+        if need_dweight:
+            through_the_norm(pooling, total, chunk)
         if total is not dw:
             dw.copy_(total)
     return dx.to(x.dtype).view(B, L, D) if need_dx else empty, dweight.view(H, C, D) if need_dweight else empty, dbias
 
 
-def _bias_gradient(dlogits: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
+def bias_gradient(dlogits: Tensor, options: Options, dtype: torch.dtype) -> Tensor:
     """The gradient of the bias (H, C): sum_l ds = dlogit (average + lam), since sum_l p (1 + T (s - A)) = 1."""
     total = dlogits.sum(0, dtype=accumulate_dtype(dtype))
     return torch.stack([total * (options.average + lam) for lam in options.lam]).to(dtype)

@@ -68,6 +68,7 @@ class FusedOp:
         arguments: The schema of the inputs, without `backend`, e.g. "Tensor h, Tensor weight, SymInt num_classes".
         outputs: How many tensors the forward returns; only the first is differentiable.
         keeps_output: Whether backward also takes the first output, as the first of its extras.
+        keeps_extras: Whether backward takes the further outputs.
         replaced: Position of an input in whose place backward takes the first output, so that it is not kept alive;
             `reference_grad` must give the same for both.
         differentiable: Positions of the inputs that have a gradient.
@@ -84,6 +85,7 @@ class FusedOp:
         *,
         outputs: int,
         keeps_output: bool = False,
+        keeps_extras: bool = True,
         replaced: int | None = None,
         differentiable: tuple[int, ...],
         reference: Callable[..., Any],
@@ -99,7 +101,8 @@ class FusedOp:
         self._implementations = implementations
         self._outputs = outputs
         self._replaced = replaced
-        self._first_extra = 0 if keeps_output else 1
+        self._first_extra = (0 if keeps_output else 1) if keeps_extras else outputs
+        self._function: type[torch.autograd.Function] = _Forward
         self._loaded: dict[str, tuple[Callable[..., Any], Callable[..., Any]]] = {}
         _backend.register(name, implementations)
 
@@ -148,7 +151,7 @@ class FusedOp:
         if is_plain_eager(tensors):
             if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
                 return self._run(*inputs, choice)
-            return _Forward.apply(self, self._run, self._run_backward, *inputs, choice)
+            return self._function.apply(self, self._run, self._run_backward, *inputs, choice)
         return self.forward_op(*inputs, choice)
 
     def _run_transformed(self, inputs: tuple[Any, ...], choice: str) -> Any:
@@ -217,7 +220,7 @@ class FusedOp:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.forward_op(*args)
 
-        return _Forward.apply(self, run, self.backward_op, *args)
+        return self._function.apply(self, run, self.backward_op, *args)
 
     def _autograd_backward(self, *args: Any) -> Any:
         def run(*args: Any) -> Any:

@@ -96,6 +96,37 @@ def _check_temperatures(where: str, temperatures: Sequence[float], H: int) -> li
     return temperatures
 
 
+def check_csra_pool(
+    where: str,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    temperatures: Sequence[float],
+    lam: float | Sequence[float],
+    average: float,
+) -> tuple[Tensor, Tensor, Tensor | None, list[float], list[float], float]:
+    """The arguments of csra_pool, checked, x as tokens and in autocast's dtype, lam as one number per head."""
+    x = as_tokens(where, x)
+    if is_autocasting(x.device.type):
+        x, weight, bias = autocast(x.device.type, x, weight, bias)  # type: ignore[assignment]
+    _check_weight(where, x, weight)
+    H, C = weight.shape[:2]
+    if bias is not None:
+        _check.check_tensor(where, "bias", bias)
+        _check.check_shape(where, "bias", bias, "(H, C)", (H, C))
+        _check.check_like(where, "bias", bias, "x", x)
+    T = _check_temperatures(where, temperatures, H)
+    lams = [float(lam)] * H if isinstance(lam, (int, float)) else [float(value) for value in lam]
+    if len(lams) != H:
+        _check.fail(where, "lam", f"one number, or one per head (H = {H})", lams)
+    if not all(-math.inf < value < math.inf for value in lams):
+        _check.fail(where, "lam", "finite", lams)
+    average = float(average)
+    if not -math.inf < average < math.inf:
+        _check.fail(where, "average", "finite", average)
+    return x, weight, bias, T, lams, average
+
+
 def csra_pool(
     x: Tensor,
     weight: Tensor,
@@ -147,24 +178,7 @@ def csra_pool(
     Source:
         CSRA, Eq. 2-8, 13 and section 3.4; Fig. 1 is H = 1, T = inf, normalize=False on a trained classifier.
     """
-    x = as_tokens("csra_pool", x)
-    if is_autocasting(x.device.type):
-        x, weight, bias = autocast(x.device.type, x, weight, bias)  # type: ignore[assignment]
-    _check_weight("csra_pool", x, weight)
-    H, C = weight.shape[:2]
-    if bias is not None:
-        _check.check_tensor("csra_pool", "bias", bias)
-        _check.check_shape("csra_pool", "bias", bias, "(H, C)", (H, C))
-        _check.check_like("csra_pool", "bias", bias, "x", x)
-    T = _check_temperatures("csra_pool", temperatures, H)
-    lams = [float(lam)] * H if isinstance(lam, (int, float)) else [float(value) for value in lam]
-    if len(lams) != H:
-        _check.fail("csra_pool", "lam", f"one number, or one per head (H = {H})", lams)
-    if not all(-math.inf < value < math.inf for value in lams):
-        _check.fail("csra_pool", "lam", "finite", lams)
-    average = float(average)
-    if not -math.inf < average < math.inf:
-        _check.fail("csra_pool", "average", "finite", average)
+    x, weight, bias, T, lams, average = check_csra_pool("csra_pool", x, weight, bias, temperatures, lam, average)
     keep = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, weight, bias))
     return _csra_pool(x, weight, bias, T, lams, normalize, average, keep, backend=backend)[0]
 

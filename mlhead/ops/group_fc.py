@@ -87,41 +87,43 @@ def group_fc(
     Source:
         ML-Decoder, Eq. 3, Fig. 4, App. L; the shared weight: section 2.3.3.
     """
-    for name, value in (("h", h), ("weight", weight)):
-        _check.check_tensor("group_fc", name, value)
-    _check.check_ndim("group_fc", "h", h, "(B, G, E)")
-    device_type = h.device.type
+    device_type = h.device.type if isinstance(h, Tensor) else "cpu"
     if is_autocasting(device_type):
         h, weight, bias = autocast(device_type, h, weight, bias)  # type: ignore[assignment]
-    _check.check_like("group_fc", "weight", weight, "h", h)
-    if bias is not None:
-        _check.check_tensor("group_fc", "bias", bias)
-        _check.check_like("group_fc", "bias", bias, "h", h)
+    h, weight, bias, C = check_group_fc("group_fc", h, weight, bias, num_classes)
     if weight.ndim == 2:
-        return _shared(h, weight, bias, num_classes, backend)
-
-    G, E = h.shape[1:]
-    _check.check_ndim("group_fc", "weight", weight, "(G, E, J)")
-    J = weight.shape[2]
-    C = num_classes
-    if C is None:
-        C = G * J if bias is None else bias.numel()
-    expected_J = -(-C // G) if G > 0 else 0
-    if tuple(weight.shape) != (G, E, expected_J) or (G == 0 and C != 0):
-        _check.fail(
-            "group_fc", "weight", f"(G, E, ceil(C / G)) = {(G, E, expected_J)} for C = {C}", tuple(weight.shape)
-        )
-    if bias is not None:
-        _check.check_shape("group_fc", "bias", bias, "(C,)", (C,))
+        # One weight for all queries is one group of one class over B * G rows.
+        B, G, E = h.shape
+        return _group_fc(h.reshape(B * G, 1, E), weight.unsqueeze(0), bias, 1, backend=backend).view(B, G)
     return _group_fc(h, weight, bias, C, backend=backend)
 
 
-def _shared(h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int | None, backend: str | None) -> Tensor:
-    """One weight for all queries is one group of one class over B * G rows."""
-    B, G, E = h.shape
-    _check.check_shape("group_fc", "weight", weight, "(E, 1)", (E, 1))
+def check_group_fc(
+    where: str, h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int | None
+) -> tuple[Tensor, Tensor, Tensor | None, int]:
+    """h, weight and bias with C, after a check of their shapes, dtypes and devices."""
+    for name, value in (("h", h), ("weight", weight)):
+        _check.check_tensor(where, name, value)
+    _check.check_ndim(where, "h", h, "(B, G, E)")
+    _check.check_like(where, "weight", weight, "h", h)
     if bias is not None:
-        _check.check_shape("group_fc", "bias", bias, "(1,)", (1,))
-    if num_classes is not None and num_classes != G:
-        _check.fail("group_fc", "num_classes", f"G = {G} with a shared weight (E, 1)", num_classes)
-    return _group_fc(h.reshape(B * G, 1, E), weight.unsqueeze(0), bias, 1, backend=backend).view(B, G)
+        _check.check_tensor(where, "bias", bias)
+        _check.check_like(where, "bias", bias, "h", h)
+    G, E = h.shape[1:]
+    if weight.ndim == 2:
+        _check.check_shape(where, "weight", weight, "(E, 1)", (E, 1))
+        if bias is not None:
+            _check.check_shape(where, "bias", bias, "(1,)", (1,))
+        if num_classes is not None and num_classes != G:
+            _check.fail(where, "num_classes", f"G = {G} with a shared weight (E, 1)", num_classes)
+        return h, weight, bias, G
+    _check.check_ndim(where, "weight", weight, "(G, E, J)")
+    C = num_classes
+    if C is None:
+        C = G * weight.shape[2] if bias is None else bias.numel()
+    expected_J = -(-C // G) if G > 0 else 0
+    if tuple(weight.shape) != (G, E, expected_J) or (G == 0 and C != 0):
+        _check.fail(where, "weight", f"(G, E, ceil(C / G)) = {(G, E, expected_J)} for C = {C}", tuple(weight.shape))
+    if bias is not None:
+        _check.check_shape(where, "bias", bias, "(C,)", (C,))
+    return h, weight, bias, C

@@ -15,10 +15,11 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -37,6 +38,7 @@ DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "fp16": torch.float16, "
 # Bytes of stack that are no problem. ptxas prefers a spill or two to losing a program per multiprocessor; on the
 # consumer chip, which only has to fit, that is left to it.
 STACK = {"sm_89": 16}
+LOSS = "class_loss"
 Row = dict[str, Any]
 
 
@@ -99,7 +101,7 @@ def _straight_to_triton(variant: Variant) -> Iterator[None]:
     with (
         mock.patch.object(_fused.FusedOp, "__call__", launch),
         # The vendor's products are not compiled here, and torch 2.11 has no fake form of one that adds in fp32.
-        mock.patch.object(_csra_chunks, "_add_product", return_value=None),
+        mock.patch.object(_csra_chunks, "add_product", return_value=None),
     ):
         yield
 
@@ -160,6 +162,55 @@ def _samples(case: OpCase, variant: Variant) -> Iterator[Sample]:
         yield replace(sample, options=options, tensors={**sample.tensors, **dict.fromkeys(optional)})
 
 
+def loss_launches(full: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
+    """Name, dtype and call of the losses' launchers, which stand behind no op of their own.
+
+    To be iterated over, and each called, under a FakeTensorMode.
+    """
+    from ..kernels import class_loss
+
+    def call(place: tuple[int, ...], dtype: torch.dtype, loss: str, kind: str, rest: bool) -> None:
+        g, b, n, first, classes, num_classes = place
+
+        def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+            return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+        z = empty(b, g, n, dtype=dtype).transpose(0, 1)
+        bias = empty(num_classes, dtype=dtype) if rest else None
+        data: Any
+        if kind == "sparse":
+            data = (empty(64 * b, dtype=torch.int64), empty(b + 1, dtype=torch.int64), empty(64 * b) if rest else None)
+        else:
+            data = (empty(b, num_classes, dtype=torch.int8 if kind == "int8" else torch.float32), None, None)
+        weight, sample = (empty(num_classes), empty(b)) if rest else (None, None)
+        at = (z, bias, first, classes, num_classes, *data, weight)
+        statistics, row_loss = (empty(b, 4), None) if loss == "softmax" else (None, empty(b))
+        if statistics is not None:
+            class_loss.softmax_statistics(*at, 0.1, statistics)
+        gammas = (4.0, 1.0) if loss == "asl" else (0.0, 0.0)
+        class_loss.gradient(
+            *at, weight if loss == "bce" else None, sample, loss, *gammas, 0.05, 1e-8, not rest, 0.1, 1e-6,
+            empty() if rest else None, row_loss, statistics, True,
+        )  # fmt: skip
+        class_loss.scale(z, empty())
+
+    # g, b, n, first, group_classes, num_classes: what the engine makes of the heads' workloads.
+    places = {
+        "voc": (20, 64, 1, 0, 1, 20),
+        "coco": (1, 64, 80, 0, 80, 80),
+        "openimages": (100, 128, 97, 0, 97, 9605),
+        "a million": (1, 64, 16384, 32768, 16384, 1_000_000),
+        "class 1": (1, 1, 1, 1, 1, 2),
+        "groups of many": (100, 32, 2048, 2048, 10_000, 1_000_000),
+    }
+    for name, place in places.items():
+        for dtype in ("bf16", "fp32", *(("fp16",) if full else ())):
+            for loss in ("bce", "asl", "softmax"):
+                for kind in ("int8", "sparse", *(("fp32",) if full else ())):
+                    for rest in (False, True) if full or name == "a million" else (True,):
+                        yield name, dtype, partial(call, place, DTYPES[dtype], loss, kind, rest)
+
+
 def problems(binary: Binary, target: str, widest: bool) -> list[str]:
     """What is wrong with a compiled kernel; `widest` says that all its matrices allow 16-byte access."""
     found = []
@@ -189,7 +240,8 @@ def survey(target: str, names: list[str], full: bool = False) -> list[Row]:
                 row["at"].append(current["at"])
             return
         binary = read_binary(kernel)
-        widest = _widest(arguments, 32 * kernel.metadata.num_warps)
+        # The losses load logits so, but targets of a byte, and one number at a time in the search for entries.
+        widest = current["op"] != LOSS and _widest(arguments, 32 * kernel.metadata.num_warps)
         constants = {n: v for n, v in arguments.items() if n.isupper() and not isinstance(v, Tensor)}
         rows[kernel.hash] = {
             "op": current["op"],
@@ -206,6 +258,12 @@ def survey(target: str, names: list[str], full: bool = False) -> list[Row]:
         }
 
     for name in names:
+        if name == LOSS:
+            with FakeTensorMode(), compiling(target, report):
+                for at, dtype, launch in loss_launches(full):
+                    current.update(op=name, at=at, dtype=dtype)
+                    launch()
+            continue
         case = CASES[name]
         for variant in variants(case, full):
             current.update(op=name, at=variant.name, dtype=variant.dtype)
@@ -221,11 +279,12 @@ def survey(target: str, names: list[str], full: bool = False) -> list[Row]:
 
 
 def names_with_kernels() -> list[str]:
-    """The cases whose op has a Triton backend."""
+    """The cases whose op has a Triton backend, and the losses that several ops share."""
     from .. import _backend
     from .cases import CASES
 
-    return [name for name in CASES if "triton" in _backend.implementations(name)]
+    own = [name for name in CASES if "triton" in _backend.implementations(name) and not name.endswith("_loss")]
+    return [*own, LOSS]
 
 
 def table(rows: list[Row]) -> str:

@@ -1,0 +1,94 @@
+"""Peak resident memory of a training step of a large head on the CPU: the loss in the head, the reference, eager torch.
+
+    python -m benchmarks.memory --classes 1000000 --width 256 --batch 32
+
+Each provider runs in a process of its own, which measures what its step adds to the resident memory beyond inputs,
+weight and, from when it is made on, the weight's gradient. Rows are appended to the results file of this machine and
+commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from datetime import datetime, timezone
+
+from . import machine
+from .records import append_rows
+
+PROVIDERS = ("mlhead: cpp", "mlhead: reference", "torch: bmm")
+
+_STEP = """
+import json, resource, sys
+import torch
+from benchmarks.baselines import BASELINES
+from mlhead import SparseTargets, group_fc_loss
+a = json.loads(sys.argv[1])
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+def step(C):
+    B, G, E = a["batch"], a["groups"], a["width"]
+    torch.manual_seed(0)
+    rows = [torch.randint(C, (5,)).unique().tolist() for _ in range(B)]
+    targets = SparseTargets.from_lists(rows, C)
+    h = torch.randn(B, G, E, requires_grad=True)
+    weight = (torch.randn(G, E, C // G).mul_(0.05)).requires_grad_()
+    bias = torch.zeros(C, requires_grad=True)
+    before = peak()
+    if a["provider"].startswith("mlhead"):
+        loss = group_fc_loss(h, weight, bias, targets, C, loss=a["loss"], backend=a["provider"].split(": ")[1])
+    else:
+        loss = BASELINES["group_fc_loss"]["torch: bmm"](
+            h=h, weight=weight, bias=bias, num_classes=C, loss=a["loss"], targets=targets
+        )
+    gradient = weight.numel() * 4 / 2**20
+    forward = peak() - before - (gradient if a["provider"].startswith("mlhead") else 0)  # which has made it already
+    loss.backward()
+    return max(forward, peak() - before - gradient)
+step(1000 * a["groups"])
+print(step(a["classes"]))
+"""
+
+
+def measure(settings: dict) -> float:
+    """MiB beyond inputs, weight and its gradient."""
+    # What is freed goes back to the system at once, so that what is resident is alive.
+    quick_return = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    run = subprocess.run(
+        [sys.executable, "-c", _STEP, json.dumps(settings)],
+        capture_output=True, text=True, env={**os.environ, **quick_return},
+    )  # fmt: skip
+    if run.returncode:
+        raise RuntimeError(run.stderr.strip().splitlines()[-1])
+    return float(run.stdout)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measures and prints one line for each provider and loss."""
+    cli = argparse.ArgumentParser(prog="python -m benchmarks.memory", description=__doc__.splitlines()[0])
+    cli.add_argument("--classes", type=int, default=1_000_000)
+    cli.add_argument("--width", type=int, default=256)
+    cli.add_argument("--batch", type=int, default=32)
+    cli.add_argument("--groups", type=int, default=100)
+    cli.add_argument("--loss", action="append", choices=("bce", "asl"), help="default: both")
+    options = cli.parse_args(arguments)
+    rows = []
+    for loss in options.loss or ("bce", "asl"):
+        for provider in PROVIDERS:
+            dims = {name: getattr(options, name) for name in ("classes", "width", "batch", "groups")}
+            mib = measure({**dims, "loss": loss, "provider": provider})
+            print(f"{loss:4} {provider:18} {mib:8.1f} MiB beyond weight and gradient", flush=True)
+            now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+            rows.append(
+                {"time": now, "memory": "group_fc_loss", "dims": dims, "loss": loss, "provider": provider,
+                 "peak_mib": mib, **machine.facts("cpu")}
+            )  # fmt: skip
+    append_rows(machine.results_file("cpu"), rows)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

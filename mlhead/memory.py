@@ -1,0 +1,97 @@
+"""How much memory the training of a head takes, as a formula, which a test holds to measurement (docs/loss.md)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+
+from . import _check
+
+# Numbers of the state of an optimizer for each weight: how many, and whether in the weight's dtype (torch.optim) or in
+# fp32 (mlhead.optim).
+STATES = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2, "adafactor": 0}
+
+
+@dataclass(frozen=True)
+class HeadMemory:
+    """Bytes that a training step of a linear or group_fc head takes, by what they hold.
+
+    Args:
+        weights: The class weights and the bias.
+        gradients: Theirs; only the bias's where the update is fused.
+        optimizer: The state of the optimizer.
+        features: h and its gradient.
+        logits: Logits, their gradient and a dense target in fp32; 0 with the loss in the head.
+        scratch: The most that the blocks of the loss in the head take.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    features: int
+    logits: int
+    scratch: int
+
+    @property
+    def total(self) -> int:
+        """The sum."""
+        return sum(int(getattr(self, field.name)) for field in fields(self))
+
+
+def head_memory(
+    num_classes: int,
+    width: int,
+    batch: int,
+    *,
+    groups: int = 1,
+    dtype: torch.dtype = torch.float32,
+    optimizer: str = "adamw",
+    loss_in_head: bool = True,
+    fused_update: bool = False,
+    device: str = "cpu",
+    threads: int = 1,
+) -> HeadMemory:
+    """The memory of one training step of the last layer.
+
+    With s bytes a number, J = ceil(C / G):
+
+    weights   s (G E J + C)                          gradients  the same, or s C with a fused update
+    optimizer k (G E J + C) numbers                  features   2 s B G E
+    logits    B C (2 s + 4 + ...) without the loss in the head, else 0
+
+    Args:
+        num_classes: C.
+        width: E of a group_fc head, D of a linear one.
+        batch: B.
+        groups: G; 1 for a linear head.
+        dtype: Of weights and features.
+        optimizer: "none", "sgd", "momentum", "adamw" or "adafactor". Its state is in the dtype of the weights
+            (torch.optim), with `fused_update` in fp32 (mlhead.optim).
+        loss_in_head: Whether the loss is `linear_loss` / `group_fc_loss`; else eager BCE of dense targets.
+        fused_update: Whether a `mlhead.optim` optimizer updates the weights in backward.
+        device: "cpu" or "cuda".
+        threads: Threads of the CPU.
+
+    Returns:
+        `HeadMemory`, in bytes.
+    """
+    where = "head_memory"
+    for name, value in (("num_classes", num_classes), ("width", width), ("batch", batch), ("groups", groups)):
+        _check.check_positive(where, name, value)
+    _check.check_choice(where, "optimizer", optimizer, tuple(STATES))
+    _check.check_choice(where, "device", device, ("cpu", "cuda"))
+    s, J = dtype.itemsize, -(-num_classes // groups)
+    matrix = groups * width * J
+    state_bytes = 4 if fused_update else s
+    state = STATES[optimizer] * (matrix + num_classes) * state_bytes
+    if optimizer == "adafactor":
+        state = 4 * num_classes  # a number a class; the columns' are few
+    logits = 0 if loss_in_head else batch * num_classes * (2 * s + 3 * 4)
+    scratch = 0
+    if loss_in_head:
+        scratch = (48 << 20) if device == "cuda" else (threads * (2 << 20) + min(16 << 20, 128 * batch * width * 4))
+    if fused_update:
+        scratch += 6 * (16 << 20)
+    gradients = num_classes if fused_update else matrix + num_classes
+    return HeadMemory(s * (matrix + num_classes), s * gradients, state, 2 * s * batch * groups * width, logits, scratch)
