@@ -11,10 +11,13 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/.ready
 endif
 
-.PHONY: demo test test-all lint format bench gpu-check extension clean
+.PHONY: demo demo-million test test-all lint format bench gpu-check extension clean
 
 demo: $(ENVIRONMENT) extension
 	$(PY) -m mlhead demo --out runs/demo
+
+demo-million: $(ENVIRONMENT) extension
+	$(PY) -m mlhead demo-million --out runs/demo-million
 
 test: $(ENVIRONMENT) extension
 	$(PY) -m pytest

@@ -114,7 +114,7 @@ __device__ Element<Sum> bce(Sum z, Sum y, Sum weight) {
   const Sigmoids<Sum> s(z);
   const Sum weighted = weight * y;
   return {weighted * ((z > 0 ? Sum(0) : -z) + s.log_u) + (1 - y) * ((z < 0 ? Sum(0) : z) + s.log_u),
-          (1 - y + weighted) * s.p - weighted};
+          (1 - y) * s.p - weighted * s.q};
 }
 
 template <typename Sum>

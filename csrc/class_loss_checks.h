@@ -27,27 +27,28 @@ inline TargetType target_type(const char* where, ScalarType type) {
   }
 }
 
-// Sizes, strides (in elements) and data of one call: z[i, b, j] is image b's logit of class first + i group_classes + j.
+// Sizes, strides (in elements) and data of one call: z[i, b, j] is image b's logit of class first + i group_classes +
+// j.
 struct LossCall {
   const char* where;
   Dtype dtype;              // of z
   ScalarType accumulation;  // of weights, values, row_loss, statistics, dout
   int64_t G, B, N, first, group_classes, num_classes;
-  int64_t z_g, z_b;  // strides of z; that along n is 1
+  int64_t z_g, z_b;            // strides of z; that along n is 1
   const void* bias = nullptr;  // (C), in the dtype `bias_dtype`
   Dtype bias_dtype = Dtype::f32;
   int64_t bias_c = 0;
   TargetType target = TargetType::i8;  // of dense targets
   const void* targets;                 // dense (B, C), or (entries) int64 with offsets
   int64_t t_b = 0, t_c = 0, entries = 0;
-  const int64_t* offsets = nullptr;  // (B + 1), positions in targets
-  const void* values = nullptr;      // (entries)
+  const int64_t* offsets = nullptr;                           // (B + 1), positions in targets
+  const void* values = nullptr;                               // (entries)
   const void *class_weight = nullptr, *pos_weight = nullptr;  // (C)
   const void* sample_weight = nullptr;                        // (B)
   int64_t sample_b = 0;
 
-  LossCall(const char* where_, const Tensor& z, const std::optional<Tensor>& bias_, int64_t first_, int64_t group_classes_,
-           int64_t num_classes_, const Tensor& targets_, const std::optional<Tensor>& offsets_,
+  LossCall(const char* where_, const Tensor& z, const std::optional<Tensor>& bias_, int64_t first_,
+           int64_t group_classes_, int64_t num_classes_, const Tensor& targets_, const std::optional<Tensor>& offsets_,
            const std::optional<Tensor>& values_, const std::optional<Tensor>& class_weight_,
            std::optional<int64_t> batch = std::nullopt)  // given where z is not the logits but what they are made of
       : where(where_), first(first_), group_classes(group_classes_), num_classes(num_classes_) {

@@ -1,5 +1,5 @@
-// The losses in the head on a CPU: the kernels over a block of logits, for heads that make the logits themselves, and the
-// schemas of the private ops of both devices. group_fc_loss has a pass of its own, in group_fc_loss_cpu.cpp.
+// The losses in the head on a CPU: the kernels over a block of logits, for heads that make the logits themselves, and
+// the schemas of the private ops of both devices. group_fc_loss has a pass of its own, in group_fc_loss_cpu.cpp.
 #include <torch/csrc/stable/ops.h>
 
 #include <cmath>
@@ -92,8 +92,8 @@ void class_loss_gradient_cpu(const Tensor& z, const std::optional<Tensor>& bias,
   LossCall call(where, z, bias, first, group_classes, num_classes, targets, offsets, values, class_weight);
   call.pos_weight = call.per_class("pos_weight", pos_weight, z);
   call.take_sample_weight(sample_weight, z);
-  const LossOptions options{LossCall::loss_of(where, loss), gamma_neg,       gamma_pos, margin, eps,
-                            detach_focal,                   label_smoothing, num_classes};
+  const LossOptions options{
+      LossCall::loss_of(where, loss), gamma_neg, gamma_pos, margin, eps, detach_focal, label_smoothing, num_classes};
   void* const rows = row_loss.has_value() ? call.written("row_loss", *row_loss, z, "(b,)", {call.B}) : nullptr;
   const void* const stats =
       statistics.has_value() ? call.written("statistics", *statistics, z, "(b, 4)", {call.B, 4}) : nullptr;
@@ -121,8 +121,9 @@ void class_loss_statistics_cpu(const Tensor& z, const std::optional<Tensor>& bia
 }
 
 void scale_by_cpu(const Tensor& tensor, const Tensor& factor) {
-  const double by = factor.scalar_type() == ScalarType::Double ? *static_cast<const double*>(factor.const_data_ptr())
-                                                               : double(*static_cast<const float*>(factor.const_data_ptr()));
+  const double by = factor.scalar_type() == ScalarType::Double
+                        ? *static_cast<const double*>(factor.const_data_ptr())
+                        : double(*static_cast<const float*>(factor.const_data_ptr()));
   if (by == 1.0) return;
   // Any order of memory: the tensor has no gaps and no overlaps.
   const int64_t count = tensor.numel();

@@ -1,8 +1,8 @@
 // BCE, ASL and softmax of a row of logits, and their derivatives, a register of classes at a time:
 //
-//     BCE      l = w y softplus(-z) + (1 - y) softplus(z)         dz = (1 - y + w y) p - w y
-//     ASL      l = -(y q^gp log max(p, eps) + (1 - y) pm^gn log max(1 - pm, eps)),  p = sigmoid z, q = 1 - p, pm = (p - m)+
-//     softmax  dz = (sum v) e^(z - lse) - v
+//     BCE      l = w y softplus(-z) + (1 - y) softplus(z)         dz = (1 - y) p - w y q
+//     ASL      l = -(y q^gp log max(p, eps) + (1 - y) pm^gn log max(1 - pm, eps)),  p = sigmoid z, q = 1 - p, pm = (p -
+//     m)+ softmax  dz = (sum v) e^(z - lse) - v
 //
 // One exponential, e = e^-|z|, gives p, q and softplus without cancellation for either sign; logarithms near 1 are
 // log1p = 2 artanh(x / (2 + x)). Nearly all targets are 0, so a register without a positive skips what they need.
@@ -89,7 +89,7 @@ MLHEAD_INLINE void bce_element(const LossOptions& o, Vec<T> z, Vec<T> y, Vec<T> 
   y = y * T(1.0 - o.label_smoothing) + T(0.5 * o.label_smoothing);
   const Vec<T> weighted = weight * y;
   loss = weighted * s.softplus_negative + (T(1) - y) * s.softplus;
-  dz = (T(1) - y + weighted) * s.p - weighted;
+  dz = (T(1) - y) * s.p - weighted * s.q;
 }
 
 template <typename T>

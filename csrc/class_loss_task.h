@@ -19,17 +19,17 @@ struct LossOptions {
 struct LossRow {
   const LossOptions* options;
   int64_t n;
-  void* z;            // (n): raw logits; becomes dz where need_dz
-  const void* bias;   // (n), added to z, or null
-  const void* y;      // (n), negative where ignored
+  void* z;                   // (n): raw logits; becomes dz where need_dz
+  const void* bias;          // (n), added to z, or null
+  const void* y;             // (n), negative where ignored
   const void* class_weight;  // (n), or null for 1
   const void* pos_weight;    // (n), or null for 1
   double factor;             // of dz: everything but the weight of the class
   bool need_dz;
   double loss;  // written: the sum of the elements' losses times class_weight
 
-  // Softmax: in gradient, the logarithm of the sum and what multiplies the softmax; in statistics, what the row's blocks
-  // so far have, written anew: largest z, sum of e^(z - largest), sum of v z, sum of v.
+  // Softmax: in gradient, the logarithm of the sum and what multiplies the softmax; in statistics, what the row's
+  // blocks so far have, written anew: largest z, sum of e^(z - largest), sum of v z, sum of v.
   double lse, total;
   double statistics[4];
 };

@@ -60,9 +60,9 @@ std::vector<Block> plan(const GroupFc& f, int64_t size) {
 // What a slot has of its own, summed up after all are done.
 template <typename T>
 struct SlotSums {
-  std::vector<double> rows;            // (B), or (B, 4) statistics
-  int64_t groups[2] = {-1, -1};        // whose dh is not all this slot's
-  std::vector<T> dh[2];                // (B, E) each
+  std::vector<double> rows;      // (B), or (B, 4) statistics
+  int64_t groups[2] = {-1, -1};  // whose dh is not all this slot's
+  std::vector<T> dh[2];          // (B, E) each
 };
 
 template <typename S>
@@ -164,7 +164,8 @@ class Runner {
     const S* const from_h = static_cast<const S*>(f_.h) + block.g * f_.h_g;
     const S* const from_w = static_cast<const S*>(f_.weight) + block.g * f_.w_g + block.j * f_.w_j;
     if constexpr (kWide) {
-      T* const to = pass_.dweight ? static_cast<T*>(pass_.dweight) + block.g * pass_.dw_g + block.j * pass_.dw_j : nullptr;
+      T* const to =
+          pass_.dweight ? static_cast<T*>(pass_.dweight) + block.g * pass_.dw_g + block.j * pass_.dw_j : nullptr;
       return {from_h, from_w, f_.h_b, f_.h_e, f_.w_e, f_.w_j, to, pass_.dw_e, pass_.dw_j};
     } else {
       if (new_group)
@@ -306,9 +307,9 @@ void group_fc_loss_pass_cpu(const Tensor& h, const Tensor& weight, const std::op
                             const std::optional<Tensor>& values, const std::optional<Tensor>& class_weight,
                             const std::optional<Tensor>& pos_weight, const std::optional<Tensor>& sample_weight,
                             int64_t loss, double gamma_neg, double gamma_pos, double margin, double eps,
-                            bool detach_focal, double label_smoothing, double factor,
-                            const std::optional<Tensor>& dout, const std::optional<Tensor>& statistics,
-                            const Tensor& rows, const std::optional<Tensor>& dh, const std::optional<Tensor>& dweight,
+                            bool detach_focal, double label_smoothing, double factor, const std::optional<Tensor>& dout,
+                            const std::optional<Tensor>& statistics, const Tensor& rows,
+                            const std::optional<Tensor>& dh, const std::optional<Tensor>& dweight,
                             const std::optional<Tensor>& dbias) {
   const char* where = "group_fc_loss_pass";
   const GroupFc f(where, h, weight, num_classes);
@@ -316,8 +317,8 @@ void group_fc_loss_pass_cpu(const Tensor& h, const Tensor& weight, const std::op
   call.pos_weight = call.per_class("pos_weight", pos_weight, h);
   call.take_sample_weight(sample_weight, h);
   Pass pass{};
-  pass.options = {LossCall::loss_of(where, loss), gamma_neg,       gamma_pos,  margin, eps,
-                  detach_focal,                   label_smoothing, num_classes};
+  pass.options = {
+      LossCall::loss_of(where, loss), gamma_neg, gamma_pos, margin, eps, detach_focal, label_smoothing, num_classes};
   if (dout.has_value()) {
     const void* const d = call.scalar("dout", *dout, h);
     factor *= f.dtype == Dtype::f64 ? *static_cast<const double*>(d) : double(*static_cast<const float*>(d));
@@ -334,9 +335,9 @@ void group_fc_loss_pass_cpu(const Tensor& h, const Tensor& weight, const std::op
   const bool softmax = pass.options.loss == Loss::softmax;
   if (statistics.has_value()) pass.statistics = call.written("statistics", *statistics, h, "(B, 4)", {f.B, 4});
   const bool gradients = pass.dh || pass.dweight || pass.dbias;
-  pass.kind = gradients                          ? Pass::Kind::gradients
+  pass.kind = gradients                     ? Pass::Kind::gradients
               : softmax && !pass.statistics ? Pass::Kind::statistics
-                                                 : Pass::Kind::loss;
+                                            : Pass::Kind::loss;
   if (gradients && softmax && !pass.statistics) fail(where, "statistics", "given for softmax's gradients", "none");
   const Shape shape = pass.kind == Pass::Kind::statistics ? Shape{f.B, 4} : Shape{f.B};
   void* const to = call.written("rows", rows, h, "(B,) or (B, 4)", shape);

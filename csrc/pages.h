@@ -1,5 +1,6 @@
-// Huge pages for large outputs on the CPU. Above 32 MiB glibc maps fresh memory for each one, and 4 KiB page faults then
-// cost more than the arithmetic (45 ms for 79 MB, measured): ask for huge pages, where the system offers them on request.
+// Huge pages for large outputs on the CPU. Above 32 MiB glibc maps fresh memory for each one, and 4 KiB page faults
+// then cost more than the arithmetic (45 ms for 79 MB, measured): ask for huge pages, where the system offers them on
+// request.
 #pragma once
 
 #include <cstdint>

@@ -1,6 +1,6 @@
 """Losses of classification on a block of raw logits z (g, b, n), which become their gradient in place.
 
-    BCE      l = w y softplus(-z) + (1 - y) softplus(z),   dz = (1 - y + w y) p - w y,   p = sigmoid(z)
+    BCE      l = w y softplus(-z) + (1 - y) softplus(z),   dz = (1 - y) p - w y (1 - p),   p = sigmoid(z)
     ASL      l = -(y q^gp log max(p, eps) + (1 - y) pm^gn log max(1 - pm, eps)),  q = 1 - p, pm = max(p - margin, 0)
     softmax  l = sum_c v_c (lse - z_c),                    dz_c = (sum v) softmax(z)_c - v_c
 
@@ -235,12 +235,12 @@ def class_loss_gradient_kernel(
         counts = exists & (y >= 0.0)
         if LOSS == "bce":
             y = y * keep + smooth
-            p, _, log_u = sigmoids(z)
+            p, q, log_u = sigmoids(z)
             weighted = y
             if pos_weight_ptr is not None:
                 weighted = y * tl.load(pos_weight_ptr + c, mask=exists, other=0.0)
             loss = weighted * (tl.where(z > 0.0, 0.0, -z) + log_u) + (1.0 - y) * (tl.where(z < 0.0, 0.0, z) + log_u)
-            dz = (1.0 - y + weighted) * p - weighted
+            dz = (1.0 - y) * p - weighted * q
         elif LOSS == "asl":
             loss, dz = asl(
                 z, y, gamma_neg, gamma_pos, floor_neg, floor_pos, margin, eps, log_eps, FOCAL_NEG, FOCAL_POS, DETACH

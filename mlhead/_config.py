@@ -57,6 +57,7 @@ class TrainConfig:
     )
     train_length: int = _option(20_000, "scenes in an epoch; each epoch has new ones", least=1)
     val_length: int = _option(2_000, "validation scenes", least=1)
+    long_tail: bool = _option(False, "scenes: numbers as unlike in frequency as the labels of large sets")
     crop_scale: float = _option(0.5, "folder: smallest share of an image's area that a training crop keeps", least=0)
     hflip: float = _option(0.5, "folder: probability of mirroring a training image", least=0)
     auto_augment: str | None = _option(None, "folder: timm's name of an augmentation, e.g. rand-m9-mstd0.5-inc1")
@@ -75,6 +76,9 @@ class TrainConfig:
     prior: bool = _option(True, "start the head's bias, where it has one, at the classes' share of the training labels")
     loss: str = _option("bce", "loss", choices=("bce", "asl", "softmax"))
     loss_opt: dict[str, Any] = _option({}, "option of the loss as name=value; may be repeated")
+    fused_loss: bool = _option(
+        False, "train with the loss in the head, on sparse labels: neither logits nor dense targets exist"
+    )
     # Optimisation
     epochs: float = _option(10.0, "length of the run", least=0)
     steps: int | None = _option(None, "length of the run in optimizer steps, in place of --epochs", least=1)

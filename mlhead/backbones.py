@@ -13,10 +13,15 @@ from torch import Tensor, nn
 from . import _check, _timm_rules
 from .heads import HEADS, CSRAHead, GAPHead
 from .heads.max_score import NormOfMean, fixed_lam, linear_classifier
+from .ops import SparseTargets
+from .ops._loss_options import Targets
 
 
 class HeadedModel(nn.Module):
-    """A backbone without its classifier, and a head: images in, logits (B, C) out. Made by `attach_head`.
+    """A backbone without its classifier, and a head. Made by `attach_head`.
+
+    `model(images)` is the logits (B, C), `model(images, targets)` the head's loss. Both are the forward of this module,
+    so a loss in the head works under DistributedDataParallel too.
 
     Attributes:
         backbone: The stripped model.
@@ -31,7 +36,8 @@ class HeadedModel(nn.Module):
         self.norm = norm
         self.head = head
         self.num_features = num_features
-        self._takes_mask = "key_mask" in inspect.signature(head.forward).parameters
+        parameters = inspect.signature(head.forward).parameters
+        self._takes_mask, self._takes_targets = "key_mask" in parameters, "targets" in parameters
 
     @property
     def num_classes(self) -> int:
@@ -51,14 +57,36 @@ class HeadedModel(nn.Module):
         """What the head sees: a map (B, D, H, W), possibly in channels-last strides, or tokens (B, L, D)."""
         return self._features(x)[0]
 
-    def forward(self, x: Any) -> Tensor:
-        """Logits (B, C) of images (B, 3, height, width), or of NaFlexViT's dictionary of patches."""
+    def forward(
+        self,
+        x: Any,
+        targets: Targets | None = None,
+        *,
+        sample_weight: Tensor | None = None,
+        ignore: Tensor | SparseTargets | None = None,
+    ) -> Tensor:
+        """Logits (B, C) of images, or with targets the loss of the head.
+
+        Args:
+            x: Images (B, 3, height, width), or NaFlexViT's dictionary of patches.
+            targets: None, or labels in any form that the head takes: y (B, C), `SparseTargets` and others, see `Head`.
+            sample_weight: (B,), multiplies the loss of an image; only with targets.
+            ignore: Elements of unknown label, see `Head`; only with targets.
+
+        Returns:
+            (B, C); with targets a scalar.
+        """
+        options: dict[str, Any] = {"targets": targets, "sample_weight": sample_weight, "ignore": ignore}
+        options = {name: value for name, value in options.items() if value is not None}
+        if options and not self._takes_targets:
+            _check.fail("HeadedModel", "head", "one that takes targets, for a loss", type(self.head).__name__)
         features, mask = self._features(x)
-        if mask is None:
-            return self.head(features)
-        if not self._takes_mask:
-            _check.fail("HeadedModel", "head", "one that takes key_mask, for masked patches", type(self.head).__name__)
-        return self.head(features, key_mask=mask)
+        if mask is not None:
+            if not self._takes_mask:
+                must = "one that takes key_mask, for masked patches"
+                _check.fail("HeadedModel", "head", must, type(self.head).__name__)
+            options["key_mask"] = mask
+        return self.head(features, **options)
 
     def attention_maps(self, x: Any, classes: Tensor | Sequence[int]) -> Tensor:
         """Where the chosen classes look: the head's weights (B, K, L) over the positions of its features."""

@@ -123,7 +123,7 @@ def scores_as_logits(config: TrainConfig, logits: Tensor) -> Tensor:
 
 
 def _check_names(options: dict[str, Any], kind: type, argument: str, owner: str, without: tuple[str, ...] = ()) -> None:
-    skip = {"self", "in_features", "num_classes", "device", "dtype", *without}
+    skip = {"self", "in_features", "num_classes", "loss", "device", "dtype", *without}
     known = [name for name in inspect.signature(kind.__init__).parameters if name not in skip]  # type: ignore[misc]
     for name in options:
         if name not in known:

@@ -127,6 +127,14 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=_number(int), default=None, help="steps for each head, in place of the demo's own")
     sub.add_argument("--seed", type=_number(int), default=0, help="(default: 0)")
 
+    sub = add("demo-million", "Train a head of a million classes on the CPU, with the loss in the head, in minutes.")
+    sub.add_argument("--out", default="runs/demo-million", help="folder for the table (default: runs/demo-million)")
+    sub.add_argument("--classes", type=_number(int), default=1_000_000, help="(default: 1000000)")
+    sub.add_argument("--width", type=_number(int), default=64, help="of the features (default: 64)")
+    sub.add_argument("--batch-size", type=_number(int), default=512, help="(default: 512)")
+    sub.add_argument("--steps", type=_number(int), default=None, help="in place of the demo's own")
+    sub.add_argument("--seed", type=_number(int), default=0, help="(default: 0)")
+
     add("info", "Versions, devices, and which backends are there and why not.")
     return parser
 
@@ -227,6 +235,14 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _demo_million(arguments: argparse.Namespace) -> int:
+    from mlhead import million
+
+    options = {name: getattr(arguments, name) for name in ("classes", "width", "batch_size", "steps", "seed")}
+    million.run(Path(arguments.out), **options)
+    return 0
+
+
 def _info(arguments: argparse.Namespace) -> int:
     from mlhead import info
 
@@ -240,6 +256,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "predict": _predict,
     "scenes": _scenes,
     "demo": _demo,
+    "demo-million": _demo_million,
     "info": _info,
 }
 

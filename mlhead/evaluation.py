@@ -14,6 +14,7 @@ from mlhead._usage import usage_fail
 from mlhead.data.loading import Batch
 from mlhead.data.reporting import BadDataLog
 from mlhead.metrics import MultiLabelMetrics
+from mlhead.ops import SparseTargets
 
 AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -53,6 +54,8 @@ def evaluate(
         bad_data.add(batch.bad)
         if len(batch.images):
             images, targets = to_device(batch, config, device)
+            if isinstance(targets, SparseTargets):
+                targets = targets.to_dense()
             with autocast(config, device):
                 logits = model(images)
             metrics.update(building.scores_as_logits(config, logits.float()), targets)
@@ -62,7 +65,7 @@ def evaluate(
     return metrics.compute()
 
 
-def to_device(batch: Batch, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor]:
+def to_device(batch: Batch, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor | SparseTargets]:
     """Images and targets on the device, the images in the order of axes that the run uses."""
     layout = torch.channels_last if config.channels_last else torch.contiguous_format
     images = batch.images.to(device, non_blocking=True, memory_format=layout)

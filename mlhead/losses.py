@@ -3,42 +3,24 @@
 All compute in fp32 (fp64 for fp64 logits), whatever the dtype of the logits and under autocast, and return that dtype.
 Targets are dense. Their values are checked without waiting for a GPU: on the CPU by an error that names them; on CUDA
 by an asynchronous device assertion; not at all while something traces.
+
+The modules are also what a head's `loss` is: `options()` tells the ops that make no logits (`mlhead.group_fc_loss` and
+its kin) which loss that is.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check
+from .ops._targets import check_range
 
 REDUCTIONS = ("none", "mean", "sum")
-
-
-def _may_read_values() -> bool:
-    """Whether values are at hand: no tracing, no torch.func transform, no tensor mode such as FakeTensorMode."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.maybe_current_level() is None and torch._C._len_torch_dispatch_stack() == 0
-
-
-def _check_values(where: str, targets: Tensor, low: float, high: float) -> None:
-    """All values of `targets` in [low, high] and none NaN, checked without a device synchronisation."""
-    if targets.numel() == 0 or targets.dtype == torch.bool or not _may_read_values() or type(targets) is not Tensor:
-        return
-    if targets.device.type not in ("cpu", "cuda"):
-        return
-    # One pass over the targets; aminmax hands NaN on, and NaN fails both comparisons.
-    smallest, largest = torch.aminmax(targets.detach())
-    if targets.device.type == "cuda":
-        message = f"{where}: targets must be in [{low:g}, {high:g}] and not NaN"
-        torch._assert_async((smallest >= low) & (largest <= high), message)
-    elif not (smallest >= low and largest <= high):
-        found = "NaN" if math.isnan(smallest.item()) else f"values from {smallest.item():g} to {largest.item():g}"
-        _check.fail(where, "targets", f"in [{low:g}, {high:g}] and not NaN", found)
 
 
 def _prepare(where: str, logits: Tensor, reduction: str) -> Tensor:
@@ -57,7 +39,7 @@ def _dense_targets(where: str, targets: Tensor, z: Tensor, smoothing: float) -> 
         _check.fail(where, "targets", "real", targets.dtype, TypeError)
     _check.check_shape(where, "targets", targets, "(B, C)", z.shape)
     _check_device(where, "targets", targets, z)
-    _check_values(where, targets, 0, 1)
+    check_range(where, targets)
     y = targets.to(z.dtype)
     return y * (1.0 - smoothing) + 0.5 * smoothing if smoothing else y
 
@@ -248,7 +230,7 @@ def softmax_cross_entropy(
             must = f"class indices (B,) = {(B,)} or floating probabilities (B, C) = {(B, C)}"
             _check.fail(where, "targets", must, f"{targets.dtype} {tuple(targets.shape)}")
         _check_device(where, "targets", targets, z)
-        _check_values(where, targets, 0, C - 1)
+        check_range(where, targets, 0, C - 1)
         loss = -log_p.gather(1, targets.long().unsqueeze(1)).squeeze(1)
     if label_smoothing:
         loss = (1.0 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
@@ -256,14 +238,26 @@ def softmax_cross_entropy(
 
 
 class _Loss(nn.Module):
+    _kind: str
+
     def __init__(self, reduction: str) -> None:
         super().__init__()
         _check.check_choice(type(self).__name__, "reduction", reduction, REDUCTIONS)
         self.reduction = reduction
 
+    def options(self) -> dict[str, Any]:
+        """The same loss as keywords of `group_fc_loss`, `csra_loss` and `linear_loss`.
+
+        Raises:
+            ValueError: The reduction is "none": without logits there is nothing per element.
+        """
+        if self.reduction == "none":
+            _check.fail(type(self).__name__, "reduction", "'mean' or 'sum' for a loss in the head", "'none'")
+        return {"loss": self._kind, "reduction": self.reduction}
+
 
 class BinaryCrossEntropy(_Loss):
-    """`binary_cross_entropy` as a module; `pos_weight` is a buffer and moves with it.
+    """`binary_cross_entropy` as a module; `pos_weight` is a buffer that moves with it and is in no state dict.
 
     Args:
         pos_weight: (C,), or None.
@@ -271,13 +265,14 @@ class BinaryCrossEntropy(_Loss):
         reduction: "none", "mean" (over B * C) or "sum".
     """
 
+    _kind = "bce"
     pos_weight: Tensor | None
 
     def __init__(
         self, *, pos_weight: Tensor | None = None, label_smoothing: float = 0.0, reduction: str = "mean"
     ) -> None:
         super().__init__(reduction)
-        self.register_buffer("pos_weight", pos_weight)
+        self.register_buffer("pos_weight", pos_weight, persistent=False)
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -290,6 +285,10 @@ class BinaryCrossEntropy(_Loss):
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
         )
+
+    def options(self) -> dict[str, Any]:
+        """As of every loss."""
+        return {**super().options(), "pos_weight": self.pos_weight, "label_smoothing": self.label_smoothing}
 
     def extra_repr(self) -> str:
         """What the printed module shows."""
@@ -308,6 +307,8 @@ class AsymmetricLoss(_Loss):
             training scripts.
         reduction: "none", "mean" (over B * C) or "sum".
     """
+
+    _kind = "asl"
 
     def __init__(
         self,
@@ -337,6 +338,11 @@ class AsymmetricLoss(_Loss):
             reduction=self.reduction,
         )
 
+    def options(self) -> dict[str, Any]:
+        """As of every loss."""
+        names = ("gamma_neg", "gamma_pos", "margin", "eps", "detach_focal")
+        return {**super().options(), **{name: getattr(self, name) for name in names}}
+
     def extra_repr(self) -> str:
         """What the printed module shows."""
         return (
@@ -353,6 +359,8 @@ class SoftmaxCrossEntropy(_Loss):
         reduction: "none", "mean" (over B) or "sum".
     """
 
+    _kind = "softmax"
+
     def __init__(self, *, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
         super().__init__(reduction)
         self.label_smoothing = label_smoothing
@@ -362,6 +370,10 @@ class SoftmaxCrossEntropy(_Loss):
         return softmax_cross_entropy(
             logits, targets, weight=weight, label_smoothing=self.label_smoothing, reduction=self.reduction
         )
+
+    def options(self) -> dict[str, Any]:
+        """As of every loss."""
+        return {**super().options(), "label_smoothing": self.label_smoothing}
 
     def extra_repr(self) -> str:
         """What the printed module shows."""

@@ -65,6 +65,8 @@ class Trainer:
             model = model.to(memory_format=torch.channels_last)
         self.model = model.to(self.device).train()
         self.loss = building.build_loss(config).to(self.device)
+        if config.fused_loss:
+            self.model.head.loss = self.loss
 
         length, per_step = len(self.train_set), config.batch_size * config.accumulate  # type: ignore[arg-type]
         self.batches_per_epoch = length // config.batch_size
@@ -145,6 +147,7 @@ class Trainer:
             last=self.total_steps * config.accumulate,
             workers=config.workers,
             pin_memory=self.device.type == "cuda",
+            sparse=config.fused_loss,
         )
         per_step = config.batch_size * config.accumulate
         self.progress = Progress(self.total_steps, "training", start=self.step, unit_size=per_step, stream=self.stream)
@@ -178,7 +181,7 @@ class Trainer:
                 continue
             images, targets = to_device(batch, config, self.device)
             with autocast(config, self.device):
-                loss = self.loss(self.model(images), targets)
+                loss = self.model(images, targets) if config.fused_loss else self.loss(self.model(images), targets)
             # Every image weighs alike, also when unreadable ones have left the batches of different sizes.
             share = len(batch.images) / total
             self.scaler.scale(loss * share).backward()

@@ -164,6 +164,19 @@ def test_collate_makes_dense_targets_and_carries_bad_samples():
     assert len(Collate(5)([BadSample("x.png", "broken")]).images) == 0
 
 
+def test_collate_makes_sparse_targets():
+    image = torch.zeros(1, 4, 4)
+    samples = [Sample(image, np.array([1, 4])), BadSample("x.png", "broken"), Sample(image, np.array([], int))]
+    targets = Collate(5, sparse=True)(samples).targets
+    assert targets.indices.tolist() == [1, 4]
+    assert targets.offsets.tolist() == [0, 2, 2]
+    assert targets.num_classes == 5
+    assert torch.equal(targets.to_dense(), Collate(5)(samples).targets)
+    assert Collate(5, sparse=True)([BadSample("x.png", "broken")]).targets.batch == 0
+    loader = training_loader(Scenes("train"), 100, 4, seed=0, first=0, last=2, workers=1, sparse=True)
+    assert [batch.targets.batch for batch in loader] == [4, 4]
+
+
 def test_loaders_leave_the_global_random_state_alone():
     torch.manual_seed(0)
     before = torch.get_rng_state()
@@ -329,3 +342,14 @@ def test_bad_data_log_names_counts_and_stops(tmp_path):
     with pytest.raises(UsageError, match=r"--on-bad-data is error: 0.png: broken and 1 more"):
         BadDataLog("error", said.append).add([BadSample("0.png", "broken"), BadSample("1.png", "broken")])
     assert BadDataLog("skip", said.append).summary() == ""
+
+
+def test_long_tail_of_the_scenes():
+    scenes = Scenes("train", num_classes=10_000, size=40, long_tail=True)
+    assert scenes.frequency.sum() == pytest.approx(1)
+    assert scenes.frequency.max() / scenes.frequency.min() == pytest.approx(10_009 / 10)
+    assert len(np.unique(scenes.frequency)) == 10_000  # the ranks are a permutation
+    labels = np.concatenate([s.labels for s in scenes.__getitems__(range(2000))])
+    top = np.argsort(-scenes.frequency)[:100]
+    assert np.isin(labels, top).mean() == pytest.approx(scenes.frequency[top].sum(), abs=0.03)
+    assert labels.max() < 10_000

@@ -10,6 +10,7 @@ import torch
 
 from mlhead import demo, inference
 from mlhead.data.scenes import Scenes
+from mlhead.data.sources import ImageSpec
 
 for package in ("timm", "torchmetrics", "sklearn", "yaml", "matplotlib"):
     pytest.importorskip(package)
@@ -28,6 +29,12 @@ def test_the_demo_leaves_a_table_and_pictures(tmp_path, capsys, monkeypatch):
     assert "csra_pool: " in printed
     assert "group_fc: " in printed
     assert "query_attention: " in printed
+    assert "10,000 classes (numbers of four digits, some of them rare), another task: GAP, loss in the head" in printed
+    assert "group_fc_loss: " in printed
+    many = json.loads((tmp_path / "results.json").read_text())["many"]
+    assert 0 <= many["precision"] <= 1
+    assert 0.02 < many["constant_recall"] < 0.2
+    assert inference.load_model(tmp_path / "many/last.pt").config.fused_loss
     assert [r.head for r in results] == ["gap", "csra", "ml_decoder"]
     assert all(0 <= r.pointing <= 1 and r.images_per_s > 0 for r in results)
     assert len(json.loads((tmp_path / "results.json").read_text())["results"]) == 3
@@ -58,6 +65,34 @@ class Looker(torch.nn.Module):
         for number, label in enumerate(classes):
             maps[0, number, self.place(label)] = 1.0
         return maps
+
+
+class Knower(torch.nn.Module):
+    """Gives the right numbers, or only the first of them, the largest logits."""
+
+    def __init__(self, only_first):
+        super().__init__()
+        self.data, self.only_first, self.at = Scenes("test", num_classes=10_000, size=40), only_first, 0
+
+    def forward(self, images):
+        logits = torch.zeros(len(images), 10_000) - torch.arange(10_000) / 1e5
+        for row, sample in zip(logits, self.data.__getitems__(range(self.at, self.at + len(images))), strict=True):
+            row[sample.labels[:1] if self.only_first else sample.labels] = 1.0
+        self.at += len(images)
+        return logits
+
+
+@pytest.mark.parametrize("only_first", [False, True])
+def test_best_of_many_counts_the_numbers(only_first):
+    names = Scenes("test", num_classes=10_000, size=40).class_names
+    spec = ImageSpec(1, 40, 40, [0.0], [1.0])
+    loaded = inference.Loaded(Knower(only_first), demo.TrainConfig(), spec, names, 0, torch.device("cpu"))
+    precision, recall, constant, constant_recall = demo.best_of_many(loaded, 70)
+    assert precision == 1.0
+    assert (recall == 1.0) != only_first
+    # Without a long tail no class is frequent: one guess for all is chance.
+    assert constant < 0.05
+    assert constant_recall < 0.02
 
 
 def test_pointing_accuracy_counts_what_lies_on_the_number():

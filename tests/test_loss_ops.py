@@ -461,3 +461,50 @@ def test_memory_does_not_grow_with_the_logits(op: str, backend: str) -> None:
     few, many = growth_kib(25_000), growth_kib(400_000)
     allowed = 375_000 * 8 * 4 // 1024  # the weight's gradient
     assert many - few < allowed + 20_000, (few, many, allowed)
+
+
+@pytest.mark.skipif("cpp" not in BACKENDS, reason="needs the C++ backend")
+@pytest.mark.parametrize(
+    "options", [{"loss": "bce"}, {"loss": "asl"}, {"loss": "asl", "margin": 0.0, "gamma_neg": 0.0}]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_elements_are_exact_for_every_logit(options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Each element on its own, small losses too: the sum over a million classes is made of them."""
+    from mlhead.ops._loss_kernels import Place
+    from mlhead.reference import class_loss
+
+    grid = torch.cat([torch.linspace(-80, 80, 3201), torch.linspace(-3.2, -2.7, 501)]).to(dtype)
+    for label in (0.0, 1.0, 0.25):
+        z = grid.clone().view(1, -1, 1)
+        y = torch.full((len(grid), 1), label, dtype=dtype)
+        a = _loss_arguments(z[0], y, options)
+        rows = torch.zeros(len(grid), dtype=dtype)
+        ExtensionKernels().gradient(z, None, Place(0, 1, 1), a, 1.0, None, rows, None, True)
+        exact = grid.double()[:, None]
+        a64 = a._replace(targets=y.double())
+        loss = class_loss.element_loss(exact, slice(0, 1), a64).flatten()
+        dz = class_loss.element_gradient(exact, slice(0, 1), a64).flatten()
+        eps = torch.finfo(dtype).eps
+        # (p - m)^4 and log(1 - (p - m)) have the error of p - m, which cancels near p = m.
+        near = options["loss"] == "asl" and options.get("margin", 0.05) > 0
+        floor = 1e-5 if near else 0.0 if label in (0.0, 1.0) else 0.01  # the two terms of a soft label cancel somewhere
+        for got, want in ((rows, loss), (z.flatten(), dz)):
+            error = (got.double() - want).abs() / (want.abs() + floor + torch.finfo(dtype).tiny)
+            assert error.max() < 64 * eps, (label, grid[error.argmax()], got[error.argmax()], want[error.argmax()])
+
+
+def _loss_arguments(features: Tensor, targets: Tensor, options: dict[str, Any]) -> Any:
+    from mlhead.ops._loss_options import loss_arguments
+
+    return loss_arguments("test", features, targets, targets.shape[1], options, [True] * 3)
+
+
+@each_backend
+@pytest.mark.parametrize("loss", LOSSES)
+def test_infinite_logits_and_nan(backend: str, loss: str) -> None:
+    for value in (math.inf, -math.inf, math.nan, 1e30, -1e30):
+        x, weight = torch.ones(1, 1), torch.tensor([[value], [0.5], [-0.5]])
+        y = torch.tensor([[0.0, 1.0, 0.0]])
+        want = LOSSES[loss](x.double() @ weight.double().t(), y.double())
+        got = linear_loss(x, weight, None, y, loss=loss, backend=backend)
+        torch.testing.assert_close(got.double(), want, equal_nan=True, rtol=1e-5, atol=1e-6, msg=str(value))

@@ -356,11 +356,10 @@ def test_nothing_is_changed(loss: Loss) -> None:
 
 
 def test_modules_show_and_move() -> None:
-    """pos_weight is a buffer; the options are printed."""
+    """pos_weight is a buffer that is not saved; the options are printed."""
     module = BinaryCrossEntropy(pos_weight=torch.ones(C), label_smoothing=0.1, reduction="sum")
-    assert set(module.state_dict()) == {"pos_weight"}
+    assert not module.state_dict()
     assert module.to("meta").pos_weight.device.type == "meta"
-    assert not BinaryCrossEntropy().state_dict()
     assert repr(module) == "BinaryCrossEntropy(label_smoothing=0.1, reduction='sum')"
     assert "gamma_neg=7, gamma_pos=0.0, margin=0.05" in repr(AsymmetricLoss(gamma_neg=7))
     assert repr(SoftmaxCrossEntropy()) == "SoftmaxCrossEntropy(label_smoothing=0.0, reduction='mean')"
@@ -396,3 +395,29 @@ def test_wrong_targets_on_cuda_are_an_error() -> None:
         process = subprocess.run([sys.executable, "-c", script.format(value=value)], capture_output=True, text=True)
         assert (process.returncode != 0) == code, process.stderr
         assert ("assert" in process.stderr) == code, process.stderr
+
+
+def test_options_are_keywords_of_the_ops() -> None:
+    """All that a module knows; what a loss in the head cannot do is an error."""
+    weight = torch.ones(C)
+    assert BinaryCrossEntropy(pos_weight=weight, label_smoothing=0.1).options() == {
+        "loss": "bce",
+        "reduction": "mean",
+        "pos_weight": weight,
+        "label_smoothing": 0.1,
+    }
+    asl = AsymmetricLoss(gamma_neg=3, gamma_pos=1, margin=0.1, eps=1e-6, detach_focal=False, reduction="sum").options()
+    assert asl == {
+        "loss": "asl",
+        "reduction": "sum",
+        "gamma_neg": 3,
+        "gamma_pos": 1,
+        "margin": 0.1,
+        "eps": 1e-6,
+        "detach_focal": False,
+    }
+    softmax = SoftmaxCrossEntropy(label_smoothing=0.2).options()
+    assert softmax == {"loss": "softmax", "reduction": "mean", "label_smoothing": 0.2}
+    for kind in (BinaryCrossEntropy, AsymmetricLoss, SoftmaxCrossEntropy):
+        with pytest.raises(ValueError, match=f"{kind.__name__}: reduction must be 'mean' or 'sum' for a loss in the"):
+            kind(reduction="none").options()

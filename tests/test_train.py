@@ -218,6 +218,49 @@ def test_other_losses_train(tmp_path, loss):
     assert summary.steps == 3
 
 
+HEADS = {
+    "gap": {"head": "gap"},
+    "csra": {"head": "csra", "head_opt": {"num_heads": 2, "bias": True}},
+    "ml_decoder": {"head": "ml_decoder", "head_opt": SMALL_DECODER},
+}
+
+
+@pytest.mark.parametrize("loss", ["bce", "asl", "softmax"])
+@pytest.mark.parametrize("head", HEADS)
+def test_the_loss_in_the_head_trains_the_same_weights(tmp_path, head, loss):
+    """Six steps of SGD in fp32 from one seed, with dense targets and with sparse ones."""
+    rate = 0.01 if loss == "softmax" else 0.1  # its sum over the labels of an image makes for larger gradients
+    options = {**HEADS[head], "loss": loss, "steps": 6, "optimizer": "sgd", "lr": rate, "accumulate": 2, "log_every": 1}
+    run(tmp_path / "dense", **options)
+    run(tmp_path / "fused", **options, fused_loss=True)
+    before = building.build_model(config("unused", **options), 100, 1).state_dict()
+    a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("dense", "fused"))
+    assert a["model"].keys() == b["model"].keys()
+    moved = 0.0
+    for name, weight in a["model"].items():
+        # The sums of a step are rounded in another order; no weight is off by more than 1e-5 of the largest beside it.
+        torch.testing.assert_close(b["model"][name], weight, rtol=1e-5, atol=1e-5 * weight.abs().max().item() + 1e-7)
+        moved = max(moved, (weight.float() - before[name].float()).abs().max().item())
+    assert moved > 0.01
+    losses = [
+        [r["loss"] for r in read_log(tmp_path / n / "log.jsonl") if r["kind"] == "train"] for n in ("dense", "fused")
+    ]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert b["metrics"]["mAP"] == pytest.approx(a["metrics"]["mAP"], abs=1e-3)
+
+
+def test_the_loss_in_the_head_resumes_and_takes_other_options(tmp_path):
+    options = {"head": "csra", "fused_loss": True, "amp": "bf16", "ema": 0.9, "steps": 8, "eval_every": 8}
+    run(tmp_path / "whole", **options)
+    trainer = train.Trainer(config(tmp_path / "part", checkpoint_every=5, **options), stream=io.StringIO())
+    trainer.total_steps = 5
+    trainer.fit()
+    train.resume(tmp_path / "part", {"workers": 1}, stream=io.StringIO())
+    a, b = load_checkpoint(tmp_path / "whole/last.pt"), load_checkpoint(tmp_path / "part/last.pt")
+    assert_same(a["model"], b["model"])
+    assert_same(a["ema"], b["ema"])
+
+
 def test_the_prior_sets_the_first_probabilities():
     source_share = 0.025
     for head, options in (("gap", {}), ("ml_decoder", SMALL_DECODER), ("csra", {"bias": True})):

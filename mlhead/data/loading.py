@@ -11,6 +11,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from mlhead.ops import SparseTargets
+
 
 class Sample(NamedTuple):
     """One image (channels, H, W), normalised, and the sorted indices of its positive classes."""
@@ -27,24 +29,32 @@ class BadSample(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """images (B, channels, H, W) fp32; targets (B, C) fp32 of zeros and ones; the samples that are missing from it."""
+    """images (B, channels, H, W) fp32; targets, sparse or (B, C) fp32 of zeros and ones; the samples left out."""
 
     images: Tensor
-    targets: Tensor
+    targets: Tensor | SparseTargets
     bad: list[BadSample]
 
 
 class Collate:
-    """Stacks images and turns sparse labels into dense targets; the only place where a dense (B, C) target is made."""
+    """Stacks images and makes targets of labels; the only place where a dense (B, C) target is made.
 
-    def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
+    Args:
+        num_classes: C.
+        sparse: Whether targets are `SparseTargets` in place of (B, C).
+    """
+
+    def __init__(self, num_classes: int, *, sparse: bool = False) -> None:
+        self.num_classes, self.sparse = num_classes, sparse
 
     def __call__(self, samples: Sequence[Sample | BadSample]) -> Batch:
         """A batch of the readable samples; it may be empty, with images (0, 1, 1, 1)."""
         good = [s for s in samples if isinstance(s, Sample)]
         bad = [s for s in samples if isinstance(s, BadSample)]
         images = torch.stack([s.image for s in good]) if good else torch.zeros(0, 1, 1, 1)
+        if self.sparse:
+            labels = [s.labels.tolist() for s in good]
+            return Batch(images, SparseTargets.from_lists(labels, self.num_classes), bad)
         targets = torch.zeros(len(good), self.num_classes)
         if good:
             rows = np.repeat(np.arange(len(good)), [len(s.labels) for s in good])
@@ -91,10 +101,11 @@ def training_loader(
     last: int,
     workers: int = 0,
     pin_memory: bool = False,
+    sparse: bool = False,
 ) -> DataLoader[Batch]:
     """A loader of training batches first..last-1; it draws nothing from torch's global random state."""
     batches = TrainingBatches(len(dataset), batch_size, seed=seed, first=first, last=last)  # type: ignore[arg-type]
-    return _loader(dataset, num_classes, batches, workers, pin_memory)
+    return _loader(dataset, Collate(num_classes, sparse=sparse), batches, workers, pin_memory)
 
 
 def evaluation_loader(
@@ -104,17 +115,17 @@ def evaluation_loader(
     length = len(dataset)  # type: ignore[arg-type]
     starts = range(0, length, batch_size)
     batches = [list(range(start, min(start + batch_size, length))) for start in starts]
-    return _loader(dataset, num_classes, batches, workers, pin_memory)
+    return _loader(dataset, Collate(num_classes), batches, workers, pin_memory)
 
 
 def _loader(
-    dataset: Dataset[Sample], num_classes: int, batches: Sampler[list[int]] | list[list[int]], workers: int, pin: bool
+    dataset: Dataset[Sample], collate: Collate, batches: Sampler[list[int]] | list[list[int]], workers: int, pin: bool
 ) -> DataLoader[Batch]:
     return DataLoader(
         cast(Any, dataset),  # the collate makes a Batch of Samples, which DataLoader's types cannot say
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=Collate(num_classes),
+        collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=_single_thread if workers else None,
         # A generator of its own: the loader's seed would otherwise be drawn from the state that a resumed run restores.

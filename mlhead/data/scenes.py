@@ -76,6 +76,13 @@ def scans_of_split(split: str) -> tuple[NDArray[np.int64], ...]:
     return tuple(r[round(first * len(r)) : round(last * len(r))] for r in rows)
 
 
+def _long_tail(num_classes: int) -> NDArray[np.float64]:
+    """The probability of each number, 1 / (rank + 10) of all; ranks are shuffled by a step coprime to 10."""
+    rank = (np.arange(num_classes) * 7919) % num_classes
+    share = 1.0 / (rank + 10)
+    return share / share.sum()
+
+
 class Scenes(Dataset[Sample]):
     """Scenes with several multi-digit numbers each, drawn on demand.
 
@@ -88,6 +95,8 @@ class Scenes(Dataset[Sample]):
         length: scenes in an epoch.
         size: height and width in pixels; by default 24, 40, 48 or 64 by the number of classes.
         max_numbers: a scene holds 1 to `max_numbers` numbers, each count as likely as another.
+        long_tail: whether numbers are as unlike in frequency as the labels of large sets: the one of rank r comes up in
+            proportion to 1 / (r + 10). Ranks are shuffled, the same way for all splits and seeds.
         seed: any whole number.
 
     Raises:
@@ -104,6 +113,7 @@ class Scenes(Dataset[Sample]):
         length: int = 20_000,
         size: int | None = None,
         max_numbers: int = 4,
+        long_tail: bool = False,
         seed: int = 0,
     ) -> None:
         if split not in SPLITS:
@@ -123,6 +133,7 @@ class Scenes(Dataset[Sample]):
         if not 1 <= max_numbers <= self._rows * self._columns:
             room = f"between 1 and {self._rows * self._columns}, the room in {self.size}x{self.size} pixels"
             usage_fail("max_numbers", f"{room} for numbers of {self.num_digits} digits", max_numbers)
+        self.frequency = _long_tail(num_classes) if long_tail else None
         self.class_names = [f"{label:0{self.num_digits}d}" for label in range(num_classes)]
         self._key = stream_key(seed, SPLITS.index(split), num_classes, self.size, max_numbers)
         self._pools = scans_of_split(split)
@@ -135,7 +146,11 @@ class Scenes(Dataset[Sample]):
         draws = Draws(self._key, np.asarray(serials, np.int64))
         N, K = self.max_numbers, self.num_digits
         shown = np.arange(N)[None, :] <= draws.integers(N, 1)
-        labels = draws.integers(self.num_classes, N)
+        if self.frequency is None:
+            labels = draws.integers(self.num_classes, N)
+        else:
+            labels = np.searchsorted(np.cumsum(self.frequency), draws.uniform(N), side="right")
+            labels = np.minimum(labels, self.num_classes - 1)
         digits = (labels[..., None] // 10 ** np.arange(K - 1, -1, -1)) % 10
         sizes = np.array([len(pool) for pool in self._pools])
         offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])

@@ -76,9 +76,15 @@ class SceneSource:
 
     def __init__(self, config: Any) -> None:
         self._config = config
-        scenes = Scenes("train", num_classes=config.num_classes, size=config.image_size, seed=config.seed)
+        scenes = Scenes(
+            "train",
+            num_classes=config.num_classes,
+            size=config.image_size,
+            long_tail=config.long_tail,
+            seed=config.seed,
+        )
         self.class_names = scenes.class_names
-        self._size, self._max_numbers = scenes.size, scenes.max_numbers
+        self._size, self._max_numbers, self._frequency = scenes.size, scenes.max_numbers, scenes.frequency
 
     def image_spec(self, backbone: nn.Module) -> ImageSpec:
         """What the scenes look like; whatever the backbone was trained on."""
@@ -88,13 +94,21 @@ class SceneSource:
         """The scenes of a split; a test epoch is as long as a validation epoch."""
         length = self._config.train_length if split == "train" else self._config.val_length
         config = self._config
-        return Scenes(split, num_classes=config.num_classes, size=self._size, length=length, seed=config.seed)
+        return Scenes(
+            split,
+            num_classes=config.num_classes,
+            size=self._size,
+            length=length,
+            long_tail=config.long_tail,
+            seed=config.seed,
+        )
 
     def frequencies(self) -> Tensor:
         """For each class (C,) the probability that a scene shows it."""
-        absent = 1 - 1 / len(self.class_names)
-        share = np.mean([1 - absent**count for count in range(1, self._max_numbers + 1)])
-        return torch.full((len(self.class_names),), float(share))
+        C = len(self.class_names)
+        absent = 1 - (np.full(C, 1 / C) if self._frequency is None else self._frequency)
+        share = np.mean([1 - absent**count for count in range(1, self._max_numbers + 1)], axis=0)
+        return torch.from_numpy(share).float()
 
 
 class FolderSource:

@@ -1,4 +1,4 @@
-"""The heads: modules that turn features, maps (B, D, H, W) or tokens (B, L, D), into logits (B, C)."""
+"""The heads: modules that turn features, maps (B, D, H, W) or tokens (B, L, D), into logits (B, C), or into a loss."""
 
 from ._base import Head
 from .csra import CSRAHead

@@ -11,13 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from .. import _check
+from ..losses import BinaryCrossEntropy
+from ..ops._loss_options import Targets
+from ..ops._targets import SparseTargets
 
 
 class Head(nn.Module, ABC):
-    """A classification head: features in, logits (B, C) out.
+    """A classification head: `head(features)` is the logits (B, C), `head(features, targets)` the loss.
 
     Features are maps (B, D, H, W), contiguous or channels-last, or tokens (B, L, D). A subclass gives the
     abstract methods.
+
+    The loss is a scalar, `head.loss` of the logits and the targets; the logits, their gradient and, for sparse targets,
+    a dense target never exist. It works in training and in evaluation, with gradients and without.
 
     Args:
         in_features: D, the width of the features.
@@ -25,12 +31,17 @@ class Head(nn.Module, ABC):
         prior: None, or the probability in (0, 1) that every class has at the start, by way of the bias. A small one
             (the share of positives among all labels) spares a multi-label run the steps that only learn that most
             labels are absent. `set_prior` takes one probability per class.
+        loss: What `head(features, targets)` computes: a module of `mlhead.losses`, or any with their `options()`. By
+            default `BinaryCrossEntropy()`. It may be assigned at any time and is in no state dict.
     """
 
     in_features: int
     num_classes: int
+    loss: nn.Module
 
-    def __init__(self, in_features: int, num_classes: int, prior: float | None = None) -> None:
+    def __init__(
+        self, in_features: int, num_classes: int, prior: float | None = None, loss: nn.Module | None = None
+    ) -> None:
         super().__init__()
         where = type(self).__name__
         _check.check_positive(where, "in_features", in_features)
@@ -40,10 +51,33 @@ class Head(nn.Module, ABC):
         self.in_features = in_features
         self.num_classes = num_classes
         self.prior = prior
+        self.loss = BinaryCrossEntropy() if loss is None else loss
+        _loss_options(where, self.loss)
 
     @abstractmethod
-    def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, C) of features (B, D, H, W) or (B, L, D); what precedes the last layer if `pre_logits`."""
+    def forward(
+        self,
+        features: Tensor,
+        targets: Targets | None = None,
+        *,
+        pre_logits: bool = False,
+        sample_weight: Tensor | None = None,
+        ignore: Tensor | SparseTargets | None = None,
+    ) -> Tensor:
+        """Logits (B, C) of features (B, D, H, W) or (B, L, D), or with targets the loss.
+
+        Args:
+            features: (B, D, H, W) or (B, L, D).
+            targets: None, or what the loss is taken against: y (B, C) in [0, 1], `SparseTargets`, a pair (indices,
+                offsets), a sparse CSR tensor, or for softmax class indices (B,).
+            pre_logits: Return what precedes the last layer; only without targets.
+            sample_weight: (B,), multiplies the loss of an image; only with targets.
+            ignore: Elements of unknown label, without loss: a bool mask (B, C) beside dense targets, `SparseTargets`
+                beside sparse ones; only with targets.
+
+        Returns:
+            (B, C); with targets a scalar, fp32 (fp64 for a head in fp64).
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -100,6 +134,20 @@ class Head(nn.Module, ABC):
         if bias is not None:
             nn.init.zeros_(bias)
 
+    def _options(self, targets: Any, pre_logits: bool, sample_weight: Any, ignore: Any) -> dict[str, Any]:
+        """The options of the op that computes the loss; {} without targets."""
+        where = type(self).__name__
+        if targets is None:
+            for name, value in (("sample_weight", sample_weight), ("ignore", ignore)):
+                if value is not None:
+                    _check.fail(where, name, "None without targets", type(value).__name__)
+            return {}
+        if isinstance(targets, bool):  # pre_logits stood here once
+            _check.fail(where, "targets", "labels (pre_logits is a keyword)", targets, TypeError)
+        if pre_logits:
+            _check.fail(where, "pre_logits", "False with targets", pre_logits)
+        return {**_loss_options(where, self.loss), "sample_weight": sample_weight, "ignore": ignore}
+
     def _check_features(self, features: Tensor, like: Tensor) -> None:
         """Rank, width and dtype of the features; at least one position."""
         where = type(self).__name__
@@ -127,6 +175,14 @@ class Head(nn.Module, ABC):
             found = f"{indices.min().item()} to {indices.max().item()}"
             _check.fail(where, "classes", f"in [0, {self.num_classes})", found)
         return indices.to(features.device, torch.int64)
+
+
+def _loss_options(where: str, loss: Any) -> dict[str, Any]:
+    """The loss as keywords of the ops."""
+    options = getattr(loss, "options", None)
+    if not isinstance(loss, nn.Module) or not callable(options):
+        _check.fail(where, "loss", "a module of mlhead.losses, or one with their options()", repr(loss), TypeError)
+    return options()
 
 
 def _autocasts(device_type: str) -> bool:

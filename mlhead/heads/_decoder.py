@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from ..ops import group_fc
+from ..ops import SparseTargets, group_fc, group_fc_loss
+from ..ops._loss_options import Targets
 from ._base import Head, as_tokens, factory
 from ._layer import DecoderLayer
 
@@ -38,12 +39,13 @@ class DecoderHead(Head):
         queries: Queries,
         group_init: str,
         prior: float | None,
+        loss: nn.Module | None,
         self_attention: bool,
         shared_query_dropout: bool,
         device: torch.device | str | None,
         dtype: torch.dtype | None,
     ) -> None:
-        super().__init__(in_features, num_classes, prior)
+        super().__init__(in_features, num_classes, prior, loss)
         where = type(self).__name__
         _check.check_choice(where, "group_init", group_init, GROUP_INITS)
         self.embed_dim, self.group_init = embed_dim, group_init
@@ -121,20 +123,30 @@ class DecoderHead(Head):
         self._check_features(features, self.embed_standart.weight)
         return F.relu(self.embed_standart(as_tokens(features)))
 
-    def forward(self, features: Tensor, pre_logits: bool = False, key_mask: Tensor | None = None) -> Tensor:
-        """Logits (B, C) of maps (B, D, H, W) or tokens (B, L, D).
+    def forward(
+        self,
+        features: Tensor,
+        targets: Targets | None = None,
+        *,
+        pre_logits: bool = False,
+        sample_weight: Tensor | None = None,
+        ignore: Tensor | SparseTargets | None = None,
+        key_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Logits (B, C), with targets the loss by `group_fc_loss`; the decoded queries (B, G, E) if `pre_logits`.
 
-        Args:
-            features: (B, D, H, W) or (B, L, D).
-            pre_logits: Return the decoded queries (B, G, E) instead.
-            key_mask: (B, L) bool, True where a position may be attended, or None for all.
-
-        Returns:
-            (B, C), or (B, G, E).
+        The arguments are those of every `Head`, and key_mask (B, L) bool, True where a position may be attended, or
+        None for all.
         """
+        options = self._options(targets, pre_logits, sample_weight, ignore)
         memory = self._memory(features)
         h = self.layers[0](self.query_embed.weight, memory, key_mask)
-        return h if pre_logits else group_fc(h, self.duplicate_pooling, self.duplicate_pooling_bias, self.num_classes)
+        if pre_logits:
+            return h
+        weight, bias, C = self.duplicate_pooling, self.duplicate_pooling_bias, self.num_classes
+        return (
+            group_fc(h, weight, bias, C) if targets is None else group_fc_loss(h, weight, bias, targets, C, **options)
+        )
 
     def attention_maps(
         self, features: Tensor, classes: Tensor | Sequence[int], key_mask: Tensor | None = None

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .. import _check
-from ..ops import csra_attention, csra_pool
+from ..ops import SparseTargets, csra_attention, csra_loss, csra_pool
+from ..ops._loss_options import Targets
 from ._base import Head, factory, linear_init
 
 # Temperatures by number of heads; the paper's last head always takes the maximum.
@@ -43,6 +45,7 @@ class CSRAHead(Head):
             little influence on the result (Table 8). A class whose weight is 0 has the logit 0, but for the bias.
         bias: Whether there is a bias; it counts 1 + lam times in each head ("average": once, "spatial": lam times).
         prior: Probability of every class at the start, see `Head`; needs a bias.
+        loss: What `head(features, targets)` computes, see `Head`; binary cross-entropy by default.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -65,10 +68,11 @@ class CSRAHead(Head):
         normalize: bool = True,
         bias: bool = False,
         prior: float | None = None,
+        loss: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, prior)
+        super().__init__(in_features, num_classes, prior, loss)
         self.temperatures = _temperatures(num_heads, temperatures)
         self.num_heads = H = len(self.temperatures)
         self.lam: float | tuple[float, ...] = float(lam) if isinstance(lam, (int, float)) else tuple(map(float, lam))
@@ -153,25 +157,34 @@ class CSRAHead(Head):
             _check.fail("CSRAHead", "lam", "such that a bias counts in the logits, for a prior", self.lam)
         super().set_prior(prior)
 
-    def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, C) of maps (B, D, H, W) or tokens (B, L, D), which are read where they lie.
+    def forward(
+        self,
+        features: Tensor,
+        targets: Targets | None = None,
+        *,
+        pre_logits: bool = False,
+        sample_weight: Tensor | None = None,
+        ignore: Tensor | SparseTargets | None = None,
+    ) -> Tensor:
+        """Logits (B, C) of maps or tokens, which are read where they lie; with targets the loss by `csra_loss`.
 
         With `pre_logits` the mean of the features over the positions (B, D): the part of the pooling that is the same
-        for all classes.
+        for all classes. The arguments are those of every `Head`.
         """
+        options = self._options(targets, pre_logits, sample_weight, ignore)
         self._check_features(features, self.weight)
         if pre_logits:
             return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
         average, lam = self._terms()
-        return csra_pool(
-            features,
-            self.weight,
-            self.bias,
-            temperatures=self.temperatures,
-            lam=lam,
-            normalize=self.normalize,
-            average=average,
-        )
+        pooling: dict[str, Any] = {
+            "lam": lam,
+            "normalize": self.normalize,
+            "average": average,
+            "temperatures": self.temperatures,
+        }
+        if targets is not None:
+            return csra_loss(features, self.weight, self.bias, targets, **pooling, **options)
+        return csra_pool(features, self.weight, self.bias, **pooling)
 
     def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
         """The attention softmax_l(T s) of the chosen classes, averaged over the heads.

@@ -9,6 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
+from ..ops import SparseTargets, linear_loss
+from ..ops._loss_options import Targets
 from ._base import Head, check_rate, factory, linear_init
 
 
@@ -23,6 +25,7 @@ class GAPHead(Head):
         bias: Whether there is a bias.
         dropout: Rate in [0, 1) on the pooled features.
         prior: Probability of every class at the start, see `Head`.
+        loss: What `head(features, targets)` computes, see `Head`; binary cross-entropy by default.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -37,10 +40,11 @@ class GAPHead(Head):
         bias: bool = True,
         dropout: float = 0.0,
         prior: float | None = None,
+        loss: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(in_features, num_classes, prior)
+        super().__init__(in_features, num_classes, prior, loss)
         self.dropout = check_rate("GAPHead", "dropout", dropout)
         self.fc = nn.Linear(in_features, num_classes, bias=bias, device=device, dtype=dtype)
         self.reset_parameters()
@@ -62,11 +66,25 @@ class GAPHead(Head):
     def _bias_and_gain(self) -> tuple[Tensor | None, float]:
         return self.fc.bias, 1.0
 
-    def forward(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, C) of maps (B, D, H, W) or tokens (B, L, D); the pooled features (B, D) if `pre_logits`."""
+    def forward(
+        self,
+        features: Tensor,
+        targets: Targets | None = None,
+        *,
+        pre_logits: bool = False,
+        sample_weight: Tensor | None = None,
+        ignore: Tensor | SparseTargets | None = None,
+    ) -> Tensor:
+        """Logits (B, C), with targets the loss by `linear_loss`; the pooled features (B, D) if `pre_logits`.
+
+        The arguments are those of every `Head`.
+        """
+        options = self._options(targets, pre_logits, sample_weight, ignore)
         self._check_features(features, self.fc.weight)
         pooled = features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
         pooled = F.dropout(pooled, self.dropout, self.training)
+        if targets is not None:
+            return linear_loss(pooled, self.fc.weight, self.fc.bias, targets, **options)
         return pooled if pre_logits else self.fc(pooled)
 
     def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import _check
 from ._decoder import DecoderHead, Queries
@@ -33,6 +33,7 @@ class MLDecoder(DecoderHead):
             distribution of std sqrt(2 / (J (E + G))), which shrinks with the number of classes (0.049 at 80 classes,
             0.0005 at 1M in 100 groups). "per_class" is uniform in +-1/sqrt(E), a Linear layer's, at any number.
         prior: Probability of every class at the start, see `Head`.
+        loss: What `head(features, targets)` computes, see `Head`; binary cross-entropy by default.
         shared_query_dropout: Whether all images of a batch share the dropout masks of the queries. The query path up to
             the attention is then computed once per training step and not once per image; published code draws a mask
             for each image, as the default does. In evaluation it is computed once in any case.
@@ -62,6 +63,7 @@ class MLDecoder(DecoderHead):
         queries: Queries = "fixed",
         group_init: str = "xavier3d",
         prior: float | None = None,
+        loss: nn.Module | None = None,
         shared_query_dropout: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -78,6 +80,7 @@ class MLDecoder(DecoderHead):
             queries=queries,
             group_init=group_init,
             prior=prior,
+            loss=loss,
             self_attention=False,
             shared_query_dropout=shared_query_dropout,
             device=device,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ._decoder import DecoderHead, Queries
 
@@ -28,6 +29,7 @@ class TransformerDecoder(DecoderHead):
         group_init: How the pool's weight (C, E, 1) starts: "per_class", the default, uniform in +-1/sqrt(E) as a
             Linear layer's; or "xavier3d" as in `MLDecoder`.
         prior: Probability of every class at the start, see `Head`.
+        loss: What `head(features, targets)` computes, see `Head`; binary cross-entropy by default.
         shared_query_dropout: Whether all images of a batch share the dropout masks of the queries. The query path up to
             the attention is then computed once per training step and not once per image; published code draws a mask
             for each image, as the default does. In evaluation it is computed once in any case.
@@ -52,6 +54,7 @@ class TransformerDecoder(DecoderHead):
         queries: Queries = "learnable",
         group_init: str = "per_class",
         prior: float | None = None,
+        loss: nn.Module | None = None,
         shared_query_dropout: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
@@ -67,6 +70,7 @@ class TransformerDecoder(DecoderHead):
             queries=queries,
             group_init=group_init,
             prior=prior,
+            loss=loss,
             self_attention=True,
             shared_query_dropout=shared_query_dropout,
             device=device,

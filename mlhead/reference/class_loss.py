@@ -111,6 +111,12 @@ def _power(base: Tensor, gamma: float, detach: bool) -> Tensor:
     return base**gamma
 
 
+def _log_rest(pm: Tensor, q: Tensor, a: LossArguments) -> Tensor:
+    """log(max(1 - pm, eps)), exact where pm is small, which is nearly everywhere, and where it is near 1."""
+    rest = (q + a.margin).clamp(max=1).clamp(min=a.eps)
+    return torch.where(pm < 0.5, torch.log1p(-pm.clamp(max=0.5)), rest.log()).clamp(min=math.log(a.eps))
+
+
 def _column(weight: Tensor | None, classes: slice) -> Tensor | float:
     return 1.0 if weight is None else weight[classes]
 
@@ -132,9 +138,7 @@ def element_loss(z: Tensor, classes: slice, a: LossArguments) -> Tensor:
         positive = F.logsigmoid(z).clamp(min=math.log(a.eps)) * (
             _power(q, a.gamma_pos, a.detach_focal) if a.gamma_pos > 0 else 1.0
         )
-        negative = (q + a.margin).clamp(max=1).clamp(min=a.eps).log() * (
-            _power(pm, a.gamma_neg, a.detach_focal) if a.gamma_neg > 0 else 1.0
-        )
+        negative = _log_rest(pm, q, a) * (_power(pm, a.gamma_neg, a.detach_focal) if a.gamma_neg > 0 else 1.0)
         loss = -(y * positive + (1.0 - y) * negative)
     return torch.where(counts, loss, 0.0) * _column(a.class_weight, classes) * _row(a.sample_weight)
 
@@ -147,7 +151,7 @@ def element_gradient(z: Tensor, classes: slice, a: LossArguments) -> Tensor:
     if a.loss == "bce":
         y = y * (1.0 - a.label_smoothing) + 0.5 * a.label_smoothing
         weighted = _column(a.pos_weight, classes) * y
-        dz = (1.0 - y + weighted) * p - weighted
+        dz = (1.0 - y) * p - weighted * q
     else:
         log_p, log_eps = F.logsigmoid(z), math.log(a.eps)
         base = (p - a.margin).clamp(min=0)
@@ -160,9 +164,10 @@ def element_gradient(z: Tensor, classes: slice, a: LossArguments) -> Tensor:
         if not a.detach_focal and a.gamma_pos > 0:
             positive = positive - a.gamma_pos * log_p.clamp(min=log_eps) * focal_p * p
         if not a.detach_focal and a.gamma_neg > 0:
+            log_rest = _log_rest(base, q, a)
             tiny = torch.finfo(z.dtype).tiny
             slope = torch.where(base > tiny, a.gamma_neg * base.clamp(min=tiny) ** (a.gamma_neg - 1.0), 0.0)
-            negative = negative + slope * rest.log() * p * q
+            negative = negative + slope * log_rest * p * q
         dz = torch.where(z.isnan(), z, -(y * positive + (1.0 - y) * negative))
     return torch.where(counts, dz, 0.0) * _column(a.class_weight, classes) * _row(a.sample_weight)
 
