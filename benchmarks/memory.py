@@ -1,10 +1,10 @@
-"""Peak resident memory of a training step of a large head on the CPU: the loss in the head, the reference, eager torch.
+"""Peak memory and time of a training step of a large head on the CPU: the loss in the head, the reference, eager torch.
 
     python -m benchmarks.memory --classes 1000000 --width 256 --batch 32
 
 Each provider runs in a process of its own, which measures what its step adds to the resident memory beyond inputs,
-weight and, from when it is made on, the weight's gradient. Rows are appended to the results file of this machine and
-commit.
+weight and, from when it is made on, the weight's gradient, and times further steps. The providers take turns. Rows are
+appended to the results file of this machine and commit.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .records import append_rows
 PROVIDERS = ("mlhead: cpp", "mlhead: reference", "torch: bmm")
 
 _STEP = """
-import json, resource, sys
+import json, resource, sys, time
 import torch
 from benchmarks.baselines import BASELINES
 from mlhead import SparseTargets, group_fc_loss
@@ -37,24 +37,35 @@ def step(C):
     h = torch.randn(B, G, E, requires_grad=True)
     weight = (torch.randn(G, E, C // G).mul_(0.05)).requires_grad_()
     bias = torch.zeros(C, requires_grad=True)
-    before = peak()
-    if a["provider"].startswith("mlhead"):
-        loss = group_fc_loss(h, weight, bias, targets, C, loss=a["loss"], backend=a["provider"].split(": ")[1])
-    else:
-        loss = BASELINES["group_fc_loss"]["torch: bmm"](
+    def run():
+        weight.grad = None
+        loss = loss_of()
+        forward = peak()
+        loss.backward()
+        return forward
+    def loss_of():
+        if a["provider"].startswith("mlhead"):
+            backend = a["provider"].split(": ")[1]
+            return group_fc_loss(h, weight, bias, targets, C, loss=a["loss"], backend=backend)
+        return BASELINES["group_fc_loss"]["torch: bmm"](
             h=h, weight=weight, bias=bias, num_classes=C, loss=a["loss"], targets=targets
         )
-    gradient = weight.numel() * 4 / 2**20
-    forward = peak() - before - (gradient if a["provider"].startswith("mlhead") else 0)  # which has made it already
-    loss.backward()
-    return max(forward, peak() - before - gradient)
+    before, gradient = peak(), weight.numel() * 4 / 2**20
+    forward = run() - before - (gradient if a["provider"].startswith("mlhead") else 0)  # which has made it already
+    most = max(forward, peak() - before - gradient)
+    seconds = []
+    for _ in range(a["steps"]):
+        began = time.perf_counter()
+        run()
+        seconds.append(time.perf_counter() - began)
+    return most, seconds
 step(1000 * a["groups"])
-print(step(a["classes"]))
+print(json.dumps(step(a["classes"])))
 """
 
 
-def measure(settings: dict) -> float:
-    """MiB beyond inputs, weight and its gradient."""
+def measure(settings: dict) -> tuple[float, list[float]]:
+    """MiB beyond inputs, weight and its gradient; and the seconds of further steps."""
     # What is freed goes back to the system at once, so that what is resident is alive.
     quick_return = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     run = subprocess.run(
@@ -63,7 +74,8 @@ def measure(settings: dict) -> float:
     )  # fmt: skip
     if run.returncode:
         raise RuntimeError(run.stderr.strip().splitlines()[-1])
-    return float(run.stdout)
+    most, seconds = json.loads(run.stdout)
+    return most, seconds
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -74,17 +86,25 @@ def main(arguments: list[str] | None = None) -> int:
     cli.add_argument("--batch", type=int, default=32)
     cli.add_argument("--groups", type=int, default=100)
     cli.add_argument("--loss", action="append", choices=("bce", "asl"), help="default: both")
+    cli.add_argument("--steps", type=int, default=3, help="timed steps of each turn")
+    cli.add_argument("--turns", type=int, default=2)
     options = cli.parse_args(arguments)
     rows = []
+    print(machine.banner("cpu"))
     for loss in options.loss or ("bce", "asl"):
-        for provider in PROVIDERS:
-            dims = {name: getattr(options, name) for name in ("classes", "width", "batch", "groups")}
-            mib = measure({**dims, "loss": loss, "provider": provider})
-            print(f"{loss:4} {provider:18} {mib:8.1f} MiB beyond weight and gradient", flush=True)
+        dims = {name: getattr(options, name) for name in ("classes", "width", "batch", "groups")}
+        found: dict[str, list[tuple[float, list[float]]]] = {provider: [] for provider in PROVIDERS}
+        for _ in range(options.turns):
+            for provider in PROVIDERS:
+                found[provider].append(measure({**dims, "loss": loss, "provider": provider, "steps": options.steps}))
+        for provider, turns in found.items():
+            mib, seconds = max(most for most, _ in turns), sorted(s for _, spent in turns for s in spent)
+            p50 = seconds[len(seconds) // 2]
+            print(f"{loss:4} {provider:18} {mib:8.1f} MiB beyond weight and gradient  {p50:6.3f} s a step", flush=True)
             now = datetime.now(timezone.utc).isoformat(timespec="seconds")
             rows.append(
                 {"time": now, "memory": "group_fc_loss", "dims": dims, "loss": loss, "provider": provider,
-                 "peak_mib": mib, **machine.facts("cpu")}
+                 "peak_mib": mib, "seconds": seconds, **machine.facts("cpu")}
             )  # fmt: skip
     append_rows(machine.results_file("cpu"), rows)
     return 0
