@@ -112,7 +112,7 @@ class WeightGradient:
         """Called when the block's gradient is there and its weight not needed any more."""
 
 
-class _Call:
+class BlockCall:
     """One call: its blocks, and its logits one after another in the same memory."""
 
     def __init__(
@@ -164,7 +164,7 @@ def softmax_rows_loss(statistics: Tensor, a: LossArguments) -> Tensor:
     return loss if a.sample_weight is None else loss * a.sample_weight
 
 
-def loss_only(call: _Call) -> Tensor:
+def loss_only(call: BlockCall) -> Tensor:
     """The loss, a scalar."""
     if call.a.loss == "softmax":
         return softmax_rows_loss(call.statistics(), call.a).sum() * call.factor
@@ -175,7 +175,7 @@ def loss_only(call: _Call) -> Tensor:
 
 
 def loss_and_gradients(
-    call: _Call, dout: Tensor | None, needs: Sequence[bool], sink: Any = None
+    call: BlockCall, dout: Tensor | None, needs: Sequence[bool], sink: Any = None
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
     """The loss (none where softmax was given no pass of its own) and the gradients for an upstream gradient dout."""
     h, weight, a = call.h, call.weight, call.a
@@ -231,7 +231,7 @@ class Chunked:
     ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
         """The loss, and the gradients that `make` asks for."""
         a = LossArguments(*arguments)
-        call = _Call(self.kernels, h, weight, bias, a)
+        call = BlockCall(self.kernels, h, weight, bias, a)
         if any(a.make):
             return loss_and_gradients(call, None, a.make)
         empties = (h.new_empty(0), h.new_empty(0), h.new_empty(0))
@@ -242,7 +242,7 @@ class Chunked:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """The gradients (dh, dweight, dbias) for the upstream gradient dout."""
         *rest, needs = arguments
-        call = _Call(self.kernels, h, weight, bias, LossArguments(*rest))
+        call = BlockCall(self.kernels, h, weight, bias, LossArguments(*rest))
         return loss_and_gradients(call, dout, needs)[1:]
 
 

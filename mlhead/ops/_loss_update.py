@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import _backend, _check
 from ..reference.class_loss import LossArguments
 from ._fused import is_transformed
-from ._loss_chunks import Block, _Call, loss_and_gradients
+from ._loss_chunks import Block, BlockCall, loss_and_gradients
 from ._loss_kernels import LossKernels, PlainKernels
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ class _UpdateInBackward(torch.autograd.Function):
         kernels = _kernels(ctx.op, ctx.choice, h)
         sink = ctx.update.begin_update(ctx.parameter, arguments.num_classes, h.dtype)
         with torch.autocast(h.device.type, enabled=False):
-            call = _Call(kernels, h, weight, bias, arguments, sink.blocks)
+            call = BlockCall(kernels, h, weight, bias, arguments, sink.blocks)
             _, dh, _, dbias = loss_and_gradients(call, dout.resolve_neg(), needs, sink)
         return None, None, None, None, None, None, dh if needs[0] else None, dbias if needs[2] else None
 
