@@ -20,7 +20,7 @@ demo-million: $(ENVIRONMENT) extension
 	$(PY) -m mlhead demo-million --out runs/demo-million
 
 test: $(ENVIRONMENT) extension
-	$(PY) -m pytest
+	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 # Also walks every timm architecture and every shipped kernel configuration: about an hour on 2 cores.
 test-all: $(ENVIRONMENT) extension

@@ -70,9 +70,11 @@ def test_explicit_choice_never_falls_back(monkeypatch: pytest.MonkeyPatch) -> No
         mlhead.BackendError, match=r"group_fc: backend must be one .*got 'cuda': it runs on cuda, not on cpu"
     ):
         mlhead.group_fc(h, weight, backend="cuda")
+    _backend._resolve.cache_clear()  # another test may have asked before
     monkeypatch.delitem(_backend.implementations("query_attention"), "cpp")
     with mlhead.backend("cpp"), pytest.raises(mlhead.BackendError, match="got 'cpp': it has no query_attention"):
         mlhead.query_attention(torch.randn(2, 4), torch.randn(1, 3, 4), torch.randn(1, 3, 4), num_heads=1)
+    _backend._resolve.cache_clear()
     if _backend.interpreting():
         with pytest.raises(mlhead.BackendError, match=r"got 'triton': it has no torch.float64"):
             mlhead.group_fc(*_inputs(torch.float64), backend="triton")

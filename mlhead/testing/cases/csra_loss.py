@@ -40,6 +40,7 @@ CASE = OpCase(
         {"B": 2, "L": 4, "D": 8, "H": 1, "C": 0},
         {"B": 1, "L": 1, "D": 1, "H": 1, "C": 1, "loss": "asl", "normalize": False},
         {"B": 2, "L": 3, "D": 5, "H": 2, "C": 7, "weights": True},
+        {"B": 3, "L": 6, "D": 8, "H": 2, "C": 5},
         {"B": 3, "L": 9, "D": 13, "H": 1, "C": 20, "loss": "asl", "sparse": True, "ignore": True},
         {"B": 3, "L": 8, "D": 16, "H": 4, "C": 5, "loss": "softmax", "sparse": True, "weights": True},
         {"B": 2, "L": 9, "D": 8, "H": 2, "C": 5, "bias": True, "normalize": False, "lam": (0.2, 0.7), "loss": "asl"},
