@@ -22,13 +22,14 @@ from .records import append_rows
 PROVIDERS = ("mlhead: cpp", "mlhead: reference", "torch: bmm")
 
 _STEP = """
-import json, resource, sys, time
+import json, sys, time
 import torch
 from benchmarks.baselines import BASELINES
 from mlhead import SparseTargets, group_fc_loss
+from mlhead._resident import resident
 a = json.loads(sys.argv[1])
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return resident()[1] / 2**20
 def step(C):
     B, G, E = a["batch"], a["groups"], a["width"]
     torch.manual_seed(0)

@@ -29,15 +29,12 @@ CPU_WORKLOADS: dict[str, dict[str, Mapping[str, Any]]] = {
     "relu_dropout": {"openimages-16": {"B": 16, "N": 100, "F": 2048, "dropout": 0.1}},
     "group_fc_loss": {
         "openimages-64": {"B": 64, "G": 100, "E": 768, "C": 9605, "loss": "asl", "positives": 8},
-        "million-32": {"B": 32, "G": 100, "E": 256, "C": 1_000_000, "loss": "asl", "positives": 5},
-        "million-32-bce": {"B": 32, "G": 100, "E": 256, "C": 1_000_000, "loss": "bce", "positives": 5},
     },
     "csra_loss": {
         "coco-8": {"B": 8, "L": 196, "D": 2048, "H": 6, "C": 80, "map": True, "loss": "asl", "positives": 3},
         "openimages-4": {"B": 4, "L": 49, "D": 2048, "H": 1, "C": 9605, "map": True, "loss": "asl", "positives": 8},
     },
 }
-UNSHRUNK = ("million-32", "million-32-bce")  # promised at their size
 # What --quick takes on a CPU and on a GPU.
 QUICK: dict[str, dict[str, tuple[str, ...]]] = {
     "group_fc": {"cpu": ("openimages-64", "small"), "cuda": ("openimages", "small")},
@@ -140,7 +137,7 @@ def groups(
             place = ORDER.index(name) if name in ORDER else -1
             for turn, dtype in enumerate(dtypes or default):
                 scale: dict[str, int] = {}
-                if device == "cpu" and custom is None and name not in UNSHRUNK:
+                if device == "cpu" and custom is None:
                     dims_here, scale = shrink(case, dims, CPU_ELEMENTS, CPU_FLOPS[quick])
                 else:
                     dims_here = dict(dims)

@@ -1,8 +1,11 @@
 // The checked arguments of the two private ops of the losses in the head, the same for the CPU and the CUDA form.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <string>
+#include <utility>
+#include <vector>
 
 #include "checks.h"
 #include "class_loss_task.h"
@@ -139,5 +142,19 @@ struct LossCall {
       fail(where, argument, "contiguous int64 of one axis", dtype_name(t.scalar_type()) + " " + to_text(shape_of(t)));
   }
 };
+
+// The elements of a tensor are all of a run of memory, in any order of its axes.
+inline void check_without_gaps(const char* where, const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
+  for (size_t i = 0; i < sizes.size(); ++i)
+    if (sizes[i] != 1) axes.emplace_back(strides[i], sizes[i]);
+  std::sort(axes.begin(), axes.end());
+  int64_t next = 1;
+  for (const auto& [stride, size] : axes) {
+    if (stride != next) fail(where, "tensor", "without gaps in memory", "a stride of " + std::to_string(stride));
+    next *= size;
+  }
+}
 
 }  // namespace mlhead

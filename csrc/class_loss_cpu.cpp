@@ -17,13 +17,13 @@ void for_each_row(const LossCall& call, const LossOptions& options, void* z, boo
   constexpr int64_t worth_a_thread = 1 << 13;  // logits: 20 us or so
   const auto range = [&](int64_t begin, int64_t end) {
     T* const scratch = static_cast<T*>(thread_scratch(3 * call.N * int64_t(sizeof(T)), kLossScratch));
-    for (int64_t b = begin; b < end; ++b)
-      for (int64_t g = 0; g < call.G; ++g) {
-        const int64_t first = call.first + g * call.group_classes;
-        const int64_t n = std::clamp<int64_t>(call.num_classes - first, 0, call.N);
+    for (int64_t g = 0; g < call.G; ++g) {
+      const int64_t first = call.first + g * call.group_classes;
+      const int64_t n = std::clamp<int64_t>(call.num_classes - first, 0, call.N);
+      const LossBlock<T> block(call, options, n > 0 ? first : 0, n, scratch);
+      for (int64_t b = begin; b < end; ++b) {
         S* const stored = static_cast<S*>(z) + g * call.z_g + b * call.z_b;
         if (n > 0) {
-          const LossBlock<T> block(call, options, first, n, scratch);
           T* const row = std::is_same<S, T>::value ? reinterpret_cast<T*>(stored) : scratch + 2 * call.N;
           if constexpr (!std::is_same<S, T>::value) widen(stored, 1, n, row);
           f(block, b, row);
@@ -32,6 +32,7 @@ void for_each_row(const LossCall& call, const LossOptions& options, void* z, boo
         }
         for (int64_t j = n; write && j < call.N; ++j) store_scalar(stored + j, T(0));
       }
+    }
   };
   if (call.B == 0 || call.N == 0) return;
   const int64_t grain = 1 + worth_a_thread / (call.G * call.N);
@@ -121,6 +122,11 @@ void class_loss_statistics_cpu(const Tensor& z, const std::optional<Tensor>& bia
 }
 
 void scale_by_cpu(const Tensor& tensor, const Tensor& factor) {
+  const char* where = "scale_by";
+  check_equal(where, "factor", dtype_name(factor.scalar_type()), dtype_name(accumulation_type(tensor.scalar_type())),
+              "the sums");
+  if (factor.numel() != 1) fail(where, "factor", "one number", to_text(shape_of(factor)));
+  check_without_gaps(where, tensor);
   const double by = factor.scalar_type() == ScalarType::Double
                         ? *static_cast<const double*>(factor.const_data_ptr())
                         : double(*static_cast<const float*>(factor.const_data_ptr()));
@@ -128,7 +134,7 @@ void scale_by_cpu(const Tensor& tensor, const Tensor& factor) {
   // Any order of memory: the tensor has no gaps and no overlaps.
   const int64_t count = tensor.numel();
   void* const data = tensor.mutable_data_ptr();
-  for_type(dtype_of("scale_by", "tensor", tensor.scalar_type()), [&](auto s) {
+  for_type(dtype_of(where, "tensor", tensor.scalar_type()), [&](auto s) {
     using S = decltype(s);
     using T = typename Accumulate<S>::type;
     const auto range = [&](int64_t begin, int64_t end) {

@@ -2,9 +2,6 @@
 // class_loss.cu.
 #include "class_loss.h"
 
-#include <algorithm>
-#include <utility>
-
 #include "class_loss_checks.h"
 #include "cuda_device.h"
 
@@ -82,20 +79,6 @@ void class_loss_statistics_cuda(const Tensor& z, const std::optional<Tensor>& bi
   const Device device(z);
   const Tensor parts = split(p, device, statistics, 4);
   check_launch(where, launch_class_loss_statistics(p, device.stream()));
-}
-
-// The elements of a tensor are all of a run of memory, in any order of its axes.
-void check_without_gaps(const char* where, const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  std::vector<std::pair<int64_t, int64_t>> axes;  // stride, size
-  for (size_t i = 0; i < sizes.size(); ++i)
-    if (sizes[i] != 1) axes.emplace_back(strides[i], sizes[i]);
-  std::sort(axes.begin(), axes.end());
-  int64_t next = 1;
-  for (const auto& [stride, size] : axes) {
-    if (stride != next) fail(where, "tensor", "without gaps in memory", "a stride of " + std::to_string(stride));
-    next *= size;
-  }
 }
 
 void scale_by_cuda(const Tensor& tensor, const Tensor& factor) {

@@ -118,11 +118,10 @@ class Runner {
     const auto rounded = [](int64_t count) { return (count + 15) / 16 * 16; };
     const int64_t wide_h = kWide ? 0 : rounded(B * E), wide_w = kWide ? 0 : rounded(n * E);
     T* memory = static_cast<T*>(thread_scratch(
-        (rounded(B * n) + 3 * rounded(n) + rounded(B * E) + wide_h + 2 * wide_w) * int64_t(sizeof(T)), kLossScratch));
+        (rounded(B * n) + 2 * rounded(n) + rounded(B * E) + wide_h + 2 * wide_w) * int64_t(sizeof(T)), kLossScratch));
     const auto take = [&](int64_t count) { return std::exchange(memory, memory + rounded(count)); };
     T* const z = take(B * n);
     T* const rows = take(2 * n);
-    take(n);
     T* const dh = take(B * E);
     T* const h = kWide ? nullptr : take(B * E);
     T* const weight = kWide ? nullptr : take(n * E);

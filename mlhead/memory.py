@@ -7,9 +7,9 @@ from dataclasses import dataclass, fields
 import torch
 
 from . import _check
+from .optim import BYTES_OF_A_NUMBER, block_numbers
 
-# Numbers of the state of an optimizer for each weight: how many, and whether in the weight's dtype (torch.optim) or in
-# fp32 (mlhead.optim).
+# How many numbers of state an optimizer keeps for each weight.
 STATES = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2, "adafactor": 0}
 
 
@@ -58,7 +58,7 @@ def head_memory(
 
     weights   s (G E J + C)                          gradients  the same, or s C with a fused update
     optimizer k (G E J + C) numbers                  features   2 s B G E
-    logits    B C (2 s + 4 + ...) without the loss in the head, else 0
+    logits    B C (2 s + 12) without the loss in the head, for eager BCE (ASL takes more); else 0
 
     Args:
         num_classes: C.
@@ -92,6 +92,6 @@ def head_memory(
     if loss_in_head:
         scratch = (48 << 20) if device == "cuda" else (threads * (2 << 20) + min(16 << 20, 128 * batch * width * 4))
     if fused_update:
-        scratch += 6 * (16 << 20)
+        scratch += BYTES_OF_A_NUMBER * block_numbers(matrix, device)
     gradients = num_classes if fused_update else matrix + num_classes
     return HeadMemory(s * (matrix + num_classes), s * gradients, state, 2 * s * batch * groups * width, logits, scratch)

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mlhead import record_backends
 from mlhead._progress import Progress, duration
+from mlhead._resident import resident
 from mlhead._usage import usage_fail
 from mlhead.checkpoints import write_atomically
 from mlhead.heads import GAPHead
@@ -95,17 +96,6 @@ class Result(NamedTuple):
     memory: Memory
     backend: str
     seconds: float
-
-
-def resident() -> tuple[int, int]:
-    """Resident memory of this process in bytes, now and at the most; zeros where the system does not tell."""
-    try:
-        lines = Path("/proc/self/status").read_text().splitlines()
-    except OSError:
-        return 0, 0
-    found = {name: int(rest.split()[0]) * 1024 for name, _, rest in (line.partition(":") for line in lines)
-             if name in ("VmRSS", "VmHWM")}  # fmt: skip
-    return found.get("VmRSS", 0), found.get("VmHWM", 0)
 
 
 def run(

@@ -27,15 +27,16 @@ from .ops._loss_update import grouped
 Rounding = Literal["nearest", "stochastic", "kahan"]
 
 _ROUNDINGS = ("nearest", "stochastic", "kahan")
-_FEWEST = 1 << 18  # a block's temporaries take up to 20 bytes for each of its numbers: 5 MiB
+_FEWEST = 1 << 18
+BYTES_OF_A_NUMBER = 20  # the most that a block's temporaries take for each of its numbers
 # Assumed for an H100; on a CPU a few MiB, which stay in the cache. Neither is tuned.
 _MOST = {"cpu": 1 << 20, "cuda": 1 << 23}
 
 
-def _block_numbers(parameter: Tensor) -> int:
+def block_numbers(numel: int, device_type: str) -> int:
     """The most numbers of a block, by default: few beside the weight, enough to be worth the launches."""
-    most = _MOST.get(parameter.device.type, _MOST["cuda"])
-    return max(_FEWEST, min(most, parameter.numel() // 128))
+    most = _MOST.get(device_type, _MOST["cuda"])
+    return max(_FEWEST, min(most, numel // 128))
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
@@ -278,7 +279,8 @@ class ClassOptimizer(Optimizer):
         assert found is not None, "checked in forward"
         number, group = found
         state = self.state[parameter]
-        most = state.get("block_numbers") or group["block_numbers"] or _block_numbers(parameter)
+        most = state.get("block_numbers") or group["block_numbers"]
+        most = most or block_numbers(parameter.numel(), parameter.device.type)
         G, E, J = grouped(parameter).shape
         blocks = plan_blocks(G, E, J, num_classes, max(1, most // max(E, 64)), most)
         if not state:

@@ -36,7 +36,7 @@ def check_rows(rows: list[dict]) -> None:
     products = with_products()
     assert {"group_fc_forward_kernel", "csra_fused_forward_kernel"} <= products
     assert {row["op"] for row in rows} == set(aot.names_with_kernels())
-    assert {row["target"] for row in rows} == set(aot.TARGETS)
+    assert {row["target"] for row in rows} >= {"sm_80", "sm_90", "sm_100"}
     for row in rows:
         # The command already judged the rows; these are the promises themselves.
         assert row["problems"] == []

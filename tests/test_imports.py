@@ -29,7 +29,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "__main__": None,
     "__init__": None,
 }
-SURROUNDINGS = {"ops", "heads", "losses", "_check", "_backend"}
+SURROUNDINGS = {"ops", "heads", "losses", "optim", "_check", "_backend"}
 ONLY_HERE = {"timm": {"backbones", "_timm_rules", "train", "data"}}
 
 

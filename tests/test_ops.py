@@ -106,7 +106,8 @@ def test_inputs_are_never_written(case: OpCase, backend: str, device: str, dtype
 @every_combination((torch.float32, torch.float16))
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_bitwise_repeat(case: OpCase, backend: str, device: str, dtype: torch.dtype, deterministic: bool) -> None:
-    sample = case.make(case.shapes[-2], dtype, device, 6)
+    interpreted = backend == "triton" and _backend.interpreting()  # where the larger one takes a minute
+    sample = case.make(case.shapes[-1 if interpreted else -2], dtype, device, 6)
     torch.use_deterministic_algorithms(deterministic)
     try:
         first, second = sample.run(backend), sample.run(backend)

@@ -5,12 +5,11 @@ from __future__ import annotations
 import copy
 import io
 import os
-import subprocess
-import sys
 from typing import Any
 
 import pytest
 import torch
+from peak import printed_by
 from torch import Tensor, nn
 
 import mlhead
@@ -570,6 +569,7 @@ def test_parameter_errors() -> None:
 
 PEAK = """
 import sys, torch, mlhead
+from mlhead._resident import resident
 from mlhead import optim
 torch.set_num_threads(1)
 B, D = 8, 128
@@ -587,12 +587,10 @@ def make(C):
     return torch.nn.Parameter(torch.empty(C, D, dtype=torch.bfloat16).normal_())
 step(make(100), sys.argv[2])
 weight = make(int(sys.argv[1]))
-def kib(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name))
 open("/proc/self/clear_refs", "w").write("5")  # the peak begins anew
-before = kib("VmRSS")
+before = resident()[0]
 step(weight, sys.argv[2])
-print(kib("VmHWM") - before)
+print(resident()[1] - before)
 """
 
 
@@ -602,13 +600,7 @@ def test_memory(kind: str, backend: str) -> None:
     """Peak resident memory of steps beyond the weight, 51 MB: a few blocks, 4 MiB, and what the loss takes."""
     if not os.access("/proc/self/clear_refs", os.W_OK):
         pytest.skip("needs the peak of Linux's /proc")
-    settings = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    result = subprocess.run(
-        [sys.executable, "-c", PEAK, "200000", kind, backend],
-        capture_output=True, text=True, env={**os.environ, **settings},
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    grown = int(result.stdout) * 1024
+    grown = printed_by(PEAK, 200_000, kind, backend)
     weight = 200_000 * 128 * 2
     if kind == "plain":
         assert grown > 0.9 * weight

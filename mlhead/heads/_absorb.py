@@ -50,6 +50,6 @@ def absorbs(B: int, G: int, L: int, E: int, H: int, *, shared: bool, device_type
     if rates is None or H == 1:
         return False
     standard = 4 * L * E * E + 4 * G * L * E / rates.narrow
-    projections = 2 * G * E * E * (1 + 1 / (B if shared else 1))
+    projections = 2 * G * E * E * (1 + 1 / (max(1, B) if shared else 1))
     absorbed = 4 * H * G * L * E / rates.wide + projections / rates.small
     return absorbed <= rates.margin * standard

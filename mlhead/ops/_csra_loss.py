@@ -11,7 +11,7 @@ needs all logits of a row first, makes the scores twice, unless one chunk has th
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -171,7 +171,6 @@ class CsraLoss:
 
     def __init__(self, pooling: Pooling, kernels: LossKernels) -> None:
         self.pooling, self.kernels = pooling, kernels
-        self.scale: Callable[[Tensor, Tensor], None] = kernels.scale
 
     def _call(self, inputs: Sequence[Any]) -> _Call:
         x, weight, bias, temperatures, lam, normalize, average, *rest = inputs

@@ -15,7 +15,8 @@ nor a dense target exist. Softmax needs a first pass for its log-sum-exp, unless
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -164,20 +165,10 @@ def softmax_rows_loss(statistics: Tensor, a: LossArguments) -> Tensor:
     return loss if a.sample_weight is None else loss * a.sample_weight
 
 
-def loss_only(call: BlockCall) -> Tensor:
-    """The loss, a scalar."""
-    if call.a.loss == "softmax":
-        return softmax_rows_loss(call.statistics(), call.a).sum() * call.factor
-    row_loss = call.h.new_zeros(call.h.shape[0], dtype=call.wide)
-    for _, _, _, z, place in call.logits():
-        call.kernels.gradient(z, call.bias, place, call.a, call.factor, None, row_loss, None, False)
-    return row_loss.sum() * call.factor
-
-
 def loss_and_gradients(
     call: BlockCall, dout: Tensor | None, needs: Sequence[bool], sink: Any = None
-) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """The loss (none where softmax was given no pass of its own) and the gradients for an upstream gradient dout."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The loss and the gradients (dh, dweight, dbias) for an upstream gradient dout; those not needed are empty."""
     h, weight, a = call.h, call.weight, call.a
     B, G, E = h.shape
     need_dh, need_dweight, need_dbias = needs
@@ -192,14 +183,13 @@ def loss_and_gradients(
         dh[:, owned:] = 0  # groups without a class
     dbias = h.new_empty(a.num_classes) if need_dbias else empty
 
-    statistics, row_loss = None, None
+    statistics, row_loss = None, h.new_zeros(B, dtype=call.wide)
     if a.loss == "softmax":
         statistics = call.statistics()
-        loss = softmax_rows_loss(statistics, a).sum() * call.factor
-    else:
-        row_loss = h.new_zeros(B, dtype=call.wide)
-    for block, hb, wb, z, place in call.logits():
-        call.kernels.gradient(z, call.bias, place, a, call.factor, dout, row_loss, statistics, True)
+        row_loss = softmax_rows_loss(statistics, a)
+    add_to = row_loss if statistics is None else None
+    for block, hb, wb, z, place in call.logits() if any(needs) or statistics is None else ():
+        call.kernels.gradient(z, call.bias, place, a, call.factor, dout, add_to, statistics, any(needs))
         if need_dbias:
             dbias[block.first : block.first + z.shape[0] * z.shape[2]] = z.sum(1, dtype=call.wide).flatten()
         if need_dh:
@@ -213,47 +203,15 @@ def loss_and_gradients(
             place_dw = sink.place(block)
             _product(hb.transpose(1, 2), z, place_dw)
             sink.done(block, place_dw)
-    if row_loss is not None:
-        loss = row_loss.sum() * call.factor
-    dweight = sink.tensor if need_dweight and isinstance(sink, WeightGradient) else empty
-    return loss, dh.to(h.dtype) if need_dh else empty, dweight, dbias
+    dweight = sink.tensor if need_dweight and isinstance(sink, WeightGradient) else empty.clone()
+    return row_loss.sum() * call.factor, dh.to(h.dtype) if need_dh else empty.clone(), dweight, dbias
 
 
-class Chunked:
-    """The launchers of group_fc_loss around a backend's kernels."""
+class _Launchers(ABC):
+    """The launchers of group_fc_loss around one function that computes the loss and the gradients that are needed."""
 
-    def __init__(self, kernels: LossKernels) -> None:
-        self.kernels = kernels
-        self.scale: Callable[[Tensor, Tensor], None] = kernels.scale
-
-    def group_fc_loss(
-        self, h: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
-    ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-        """The loss, and the gradients that `make` asks for."""
-        a = LossArguments(*arguments)
-        call = BlockCall(self.kernels, h, weight, bias, a)
-        if any(a.make):
-            return loss_and_gradients(call, None, a.make)
-        empties = (h.new_empty(0), h.new_empty(0), h.new_empty(0))
-        return loss_only(call), *empties
-
-    def group_fc_loss_backward(
-        self, dout: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients (dh, dweight, dbias) for the upstream gradient dout."""
-        *rest, needs = arguments
-        call = BlockCall(self.kernels, h, weight, bias, LossArguments(*rest))
-        return loss_and_gradients(call, dout, needs)[1:]
-
-
-class CppPass:
-    """The launchers of group_fc_loss on the C++ backend, which makes the whole pass itself (group_fc_loss_cpu.cpp)."""
-
-    def __init__(self, kernels: ExtensionKernels) -> None:
-        self.kernels = kernels
-        self.scale: Callable[[Tensor, Tensor], None] = kernels.scale
-
-    def _run(
+    @abstractmethod
+    def run(
         self,
         dout: Tensor | None,
         h: Tensor,
@@ -262,6 +220,58 @@ class CppPass:
         a: LossArguments,
         needs: Sequence[bool],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss, and the gradients (dh, dweight, dbias) for the upstream gradient dout, None for 1."""
+
+    def group_fc_loss(
+        self, h: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loss, and the gradients that `make` asks for."""
+        a = LossArguments(*arguments)
+        return self.run(None, h, weight, bias, a, a.make)
+
+    def group_fc_loss_backward(
+        self, dout: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The gradients (dh, dweight, dbias) for the upstream gradient dout."""
+        *rest, needs = arguments
+        return self.run(dout, h, weight, bias, LossArguments(*rest), needs)[1:]
+
+
+class Chunked(_Launchers):
+    """Block by block around a backend's kernels."""
+
+    def __init__(self, kernels: LossKernels) -> None:
+        self.kernels = kernels
+
+    def run(
+        self,
+        dout: Tensor | None,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: LossArguments,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_Launchers.run`."""
+        return loss_and_gradients(BlockCall(self.kernels, h, weight, bias, a), dout, needs)
+
+
+class CppPass(_Launchers):
+    """The C++ backend, which makes the whole pass itself (group_fc_loss_cpu.cpp)."""
+
+    def __init__(self, kernels: ExtensionKernels) -> None:
+        self.kernels = kernels
+
+    def run(
+        self,
+        dout: Tensor | None,
+        h: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        a: LossArguments,
+        needs: Sequence[bool],
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """As `_Launchers.run`."""
         B, wide, factor = h.shape[0], accumulation(h.dtype), a.factor(h.shape[0])
         made = [
             empty_gradient(t, i == 1) if t is not None and need else None
@@ -281,17 +291,3 @@ class CppPass:
             run(*head, *options, factor, dout, statistics, unused, *made)
         empty = h.new_empty(0)
         return rows.sum() * factor, *(empty.clone() if t is None else t for t in made)  # type: ignore[return-value]
-
-    def group_fc_loss(
-        self, h: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The loss, and the gradients that `make` asks for."""
-        a = LossArguments(*arguments)
-        return self._run(None, h, weight, bias, a, a.make)
-
-    def group_fc_loss_backward(
-        self, dout: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, *arguments: Any
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients (dh, dweight, dbias) for the upstream gradient dout."""
-        *rest, needs = arguments
-        return self._run(dout, h, weight, bias, LossArguments(*rest), needs)[1:]

@@ -135,21 +135,10 @@ class TritonKernels:
         self.kernels = kernels
         self.scale = kernels.scale
 
-    def gradient(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        place: Place,
-        a: LossArguments,
-        factor: float,
-        dout: Tensor | None,
-        row_loss: Tensor | None,
-        statistics: Tensor | None,
-        need_dz: bool,
-    ) -> None:
+    def gradient(self, z: Tensor, bias: Tensor | None, place: Place, a: LossArguments, *rest: Any) -> None:
         """As `LossKernels.gradient`."""
         options = (a.loss, a.gamma_neg, a.gamma_pos, a.margin, a.eps, a.detach_focal, a.label_smoothing)
-        self.kernels.gradient(z, bias, *place, *a[:6], *options, factor, dout, row_loss, statistics, need_dz)
+        self.kernels.gradient(z, bias, *place, *a[:6], *options, *rest)
 
     def softmax_statistics(
         self, z: Tensor, bias: Tensor | None, place: Place, a: LossArguments, statistics: Tensor
@@ -167,23 +156,10 @@ class ExtensionKernels:
         loss = ("bce", "asl", "softmax").index(a.loss)
         return loss, a.gamma_neg, a.gamma_pos, a.margin, a.eps, a.detach_focal, a.label_smoothing
 
-    def gradient(
-        self,
-        z: Tensor,
-        bias: Tensor | None,
-        place: Place,
-        a: LossArguments,
-        factor: float,
-        dout: Tensor | None,
-        row_loss: Tensor | None,
-        statistics: Tensor | None,
-        need_dz: bool,
-    ) -> None:
+    def gradient(self, z: Tensor, bias: Tensor | None, place: Place, a: LossArguments, *rest: Any) -> None:
         """As `LossKernels.gradient`."""
         ops: Any = torch.ops.mlhead_C
-        ops.class_loss_gradient.default(
-            z, bias, *place, *a[:6], *self.options(a), factor, dout, row_loss, statistics, need_dz
-        )
+        ops.class_loss_gradient.default(z, bias, *place, *a[:6], *self.options(a), *rest)
 
     @staticmethod
     def softmax_statistics(z: Tensor, bias: Tensor | None, place: Place, a: LossArguments, statistics: Tensor) -> None:

@@ -18,9 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.class_loss import SCHEMA, LossArguments, accumulation
+from ..reference.class_loss import SCHEMA, accumulation
 from ._fused import FusedOp
 from ._gradients import empty_gradient
+from ._loss_kernels import LossKernels, PlainKernels
 
 
 def make_flags(*tensors: Tensor | None) -> list[bool]:
@@ -39,7 +40,7 @@ class LossOp(FusedOp):
         arguments: The schema of the head's inputs, of which the first three are h or x, weight and bias.
         reference: f(*inputs) -> loss, in plain torch.
         reference_grad: (dout, *inputs) -> the gradients, in plain torch.
-        implementations: The other backends.
+        implementations: The other backends; what each loads has its `LossKernels` as `kernels`.
     """
 
     def __init__(
@@ -82,11 +83,11 @@ class LossOp(FusedOp):
     def _results(inputs: Any, grads: Any, needs: Any) -> tuple[Tensor, ...]:
         """The gradients that are needed, in the layout of their tensors, none an alias; else empty tensors."""
         results = []
-        for tensor, grad, need in zip(inputs[:3], grads, needs, strict=True):
+        for i, (tensor, grad, need) in enumerate(zip(inputs[:3], grads, needs, strict=True)):
             if not need or grad is None:
                 results.append(inputs[0].new_empty(0))
                 continue
-            like = empty_gradient(tensor, tensor is inputs[1])
+            like = empty_gradient(tensor, i == 1)
             results.append(grad if grad.stride() == like.stride() else like.copy_(grad))
         return tuple(results)
 
@@ -112,16 +113,15 @@ class LossOp(FusedOp):
 
     def scale_gradients(self, grads: list[Tensor], dout: Tensor, choice: str) -> None:
         """Multiplies gradients by the upstream gradient, in place."""
-        launcher = self._launchers(choice, grads[0])[0]
-        scale = getattr(getattr(launcher, "__self__", None), "scale", _scale)
+        kernels = self.kernels(choice, grads[0])
         for grad in grads:
             if grad.numel():
-                scale(grad, dout)
+                kernels.scale(grad, dout)
 
-
-def _scale(tensor: Tensor, factor: Tensor) -> None:
-    if tensor.device.type != "cpu" or float(factor) != 1.0:
-        tensor.mul_(factor)
+    def kernels(self, choice: str, tensor: Tensor) -> LossKernels:
+        """The kernels of the backend that runs a call with this tensor; those of the reference are plain torch."""
+        launcher: Any = self._launchers(choice, tensor)[0]
+        return PlainKernels() if launcher == self.reference else launcher.__self__.kernels
 
 
 class _MadeForward(torch.autograd.Function):
@@ -151,7 +151,7 @@ class _MadeForward(torch.autograd.Function):
         if dout is None:
             return tuple(grads)
         needs = [ctx.needs_input_grad[3 + i] for i in op.differentiable]
-        make = LossArguments(*ctx.constants[-len(LossArguments._fields) :]).make
+        make = ctx.constants[-1]  # the last of `LossArguments`
         ready = all(m for m, need in zip(make, needs, strict=True) if need)
         if ctx.eager and ready and not torch.is_grad_enabled():
             made, ctx.made = ctx.made, None

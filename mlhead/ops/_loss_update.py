@@ -11,7 +11,6 @@ from .. import _backend, _check
 from ..reference.class_loss import LossArguments
 from ._fused import is_transformed
 from ._loss_chunks import Block, BlockCall, loss_and_gradients
-from ._loss_kernels import LossKernels, PlainKernels
 
 if TYPE_CHECKING:
     from ._loss_op import LossOp
@@ -61,12 +60,6 @@ class _Cast:
         return self._weight[index].to(self._dtype)
 
 
-def _kernels(op: LossOp, choice: str, h: Tensor) -> LossKernels:
-    """Those of the backend that runs the call; the reference has none, so plain torch takes their place."""
-    launcher = op._launchers(choice, h)[0]
-    return getattr(getattr(launcher, "__self__", None), "kernels", None) or PlainKernels()
-
-
 class _UpdateInBackward(torch.autograd.Function):
     """The loss alone in forward; in backward the gradients of h and bias, and the update of the parameter."""
 
@@ -109,7 +102,7 @@ class _UpdateInBackward(torch.autograd.Function):
         if weight.dtype != h.dtype:
             weight = _Cast(weight, h.dtype)
         needs = (ctx.needs_input_grad[6], True, ctx.needs_input_grad[7])
-        kernels = _kernels(ctx.op, ctx.choice, h)
+        kernels = ctx.op.kernels(ctx.choice, h)
         sink = ctx.update.begin_update(ctx.parameter, arguments.num_classes, h.dtype)
         with torch.autocast(h.device.type, enabled=False):
             call = BlockCall(kernels, h, weight, bias, arguments, sink.blocks)
