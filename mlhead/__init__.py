@@ -12,7 +12,15 @@ from . import losses, optim  # noqa: E402
 from ._backend import BackendError, backend, record_backends  # noqa: E402
 from .backbones import attach_head, with_max_score  # noqa: E402
 from .flops import register_flop_formulas  # noqa: E402
-from .heads import CSRAHead, GAPHead, MLDecoder, TransformerDecoder, plain_max_score  # noqa: E402
+from .heads import (  # noqa: E402
+    CSRAHead,
+    GAPHead,
+    MLDecoder,
+    QueryAugmentation,
+    TransformerDecoder,
+    ZeroShotMLDecoder,
+    plain_max_score,
+)
 from .memory import HeadMemory, head_memory  # noqa: E402
 from .ops import (  # noqa: E402
     SparseTargets,
@@ -41,8 +49,10 @@ __all__ = [
     "GAPHead",
     "HeadMemory",
     "MLDecoder",
+    "QueryAugmentation",
     "SparseTargets",
     "TransformerDecoder",
+    "ZeroShotMLDecoder",
     "attach_head",
     "backend",
     "csra_attention",

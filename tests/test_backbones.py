@@ -140,7 +140,9 @@ def test_gap_with_timms_classifier_is_timm(name: str) -> None:
 @pytest.mark.parametrize("head", HEADS)
 def test_every_head(head: str) -> None:
     """By name; logits, maps of attention, and a new number of classes."""
-    options = SMALL if "decoder" in head else {}
+    options: dict[str, Any] = dict(SMALL) if "decoder" in head else {}
+    if head == "zero_shot":
+        options = {**SMALL, "word_vectors": torch.randn(C, 9)}
     headed = attach_head(timm.create_model("test_resnet"), head, C, **options)
     assert type(headed.head) is HEADS[head]
     assert headed.get_classifier() is headed.head
@@ -149,6 +151,8 @@ def test_every_head(head: str) -> None:
     assert headed.attention_maps(x, [0, 3, 6]).shape == (2, 3, 25)
     headed.reset_classifier(12)
     assert headed.num_classes == 12
+    if head == "zero_shot":
+        headed.head.set_bank("other", torch.randn(12, 9))
     assert headed(x).shape == (2, 12)
 
 
@@ -188,7 +192,8 @@ def test_a_failure_leaves_the_model_as_it_was() -> None:
     model = timm.create_model("test_vit2").eval()
     x = image(model)
     expected = model(x)
-    message = "attach_head: head must be one of 'gap', 'csra', 'ml_decoder', 'transformer_decoder', got 'mldecoder'"
+    message = "attach_head: head must be one of 'gap', 'csra', 'ml_decoder', 'transformer_decoder', 'zero_shot', "
+    message += "got 'mldecoder'"
     with pytest.raises(ValueError, match=message):
         attach_head(model, "mldecoder", C)
     with pytest.raises(TypeError, match="unexpected keyword argument 'group'"):

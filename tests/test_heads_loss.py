@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from mlhead import SparseTargets, attach_head
-from mlhead.heads import CSRAHead, GAPHead, Head, MLDecoder, TransformerDecoder
+from mlhead.heads import CSRAHead, GAPHead, Head, MLDecoder, TransformerDecoder, ZeroShotMLDecoder
 from mlhead.losses import AsymmetricLoss, BinaryCrossEntropy, SoftmaxCrossEntropy
 
 B, D, C = 3, 12, 7
 SMALL = {"embed_dim": 16, "num_heads": 2, "feedforward_dim": 24, "dropout": 0.0}
+WORDS = torch.linspace(-1, 1, C * 5).view(C, 5).sin()
 MAKERS: dict[str, Callable[..., Head]] = {
     "gap": lambda **o: GAPHead(D, C, **o),
     "gap-plain": lambda **o: GAPHead(D, C, bias=False, **o),
@@ -23,6 +24,8 @@ MAKERS: dict[str, Callable[..., Head]] = {
     "csra-spatial": lambda **o: CSRAHead(D, C, pooling="spatial", normalize=False, lam=0.3, **o),
     "ml_decoder": lambda **o: MLDecoder(D, C, groups=3, **SMALL, **o),
     "transformer_decoder": lambda **o: TransformerDecoder(D, C, **SMALL, **o),
+    "zero_shot": lambda **o: ZeroShotMLDecoder(D, C, word_vectors=WORDS, **SMALL, **o),
+    "zero_shot-groups": lambda **o: ZeroShotMLDecoder(D, C, word_vectors=WORDS, groups=3, **SMALL, **o),
 }
 LOSSES: dict[str, Callable[[], nn.Module]] = {
     "bce": lambda: BinaryCrossEntropy(pos_weight=torch.linspace(0.5, 3, C).double(), label_smoothing=0.1),

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from mlhead import CSRAHead, MLDecoder, TransformerDecoder
+from mlhead import CSRAHead, MLDecoder, TransformerDecoder, ZeroShotMLDecoder
 from mlhead.heads import Head
 
 D, C, E = 12, 7, 16
@@ -20,6 +20,8 @@ HEADS = {
     "ml_decoder, absorbed": lambda: MLDecoder(D, 2, groups=1, embed_dim=64, num_heads=4, dropout=0.2),
     "transformer_decoder": lambda: TransformerDecoder(D, C, **SMALL, dropout=0.2),
     "csra": lambda: CSRAHead(D, C, num_heads=2),
+    "zero_shot": lambda: ZeroShotMLDecoder(D, C, word_vectors=torch.randn(C, 5), **SMALL, dropout=0.2),
+    "zero_shot, groups": lambda: ZeroShotMLDecoder(D, C, word_vectors=torch.randn(C, 5), groups=3, **SMALL),
 }
 every_head = pytest.mark.parametrize("name", HEADS)
 

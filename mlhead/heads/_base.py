@@ -162,18 +162,20 @@ class Head(nn.Module, ABC):
             must = f"{like.dtype} like the head's parameters, or used under torch.autocast"
             _check.fail(where, "features", must, features.dtype, TypeError)
 
-    def _check_classes(self, classes: Tensor | Sequence[int], features: Tensor) -> Tensor:
-        """Class indices (K,) or (B, K) as int64 on the device of the features."""
-        where = type(self).__name__
+    def _check_classes(
+        self, classes: Tensor | Sequence[int], features: Tensor, num_classes: int | None = None
+    ) -> Tensor:
+        """Class indices (K,) or (B, K) below C as int64 on the device of the features."""
+        where, C = type(self).__name__, self.num_classes if num_classes is None else num_classes
         indices = torch.as_tensor(classes)
         if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
             _check.fail(where, "classes", "integers", indices.dtype, TypeError)
         B = features.shape[0]
         if indices.ndim not in (1, 2) or (indices.ndim == 2 and indices.shape[0] != B):
             _check.fail(where, "classes", f"(K,) or (B, K) with B = {B}", tuple(indices.shape))
-        if indices.numel() and not (indices.min() >= 0 and indices.max() < self.num_classes):
+        if indices.numel() and not (indices.min() >= 0 and indices.max() < C):
             found = f"{indices.min().item()} to {indices.max().item()}"
-            _check.fail(where, "classes", f"in [0, {self.num_classes})", found)
+            _check.fail(where, "classes", f"in [0, {C})", found)
         return indices.to(features.device, torch.int64)
 
 

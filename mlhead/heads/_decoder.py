@@ -1,10 +1,10 @@
-"""What MLDecoder and TransformerDecoder share: memory, queries, one decoder layer, the group fully-connected layer."""
+"""What the attention heads share: memory and decoder layer; queries and the group fully-connected layer."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,24 +20,18 @@ Queries = Literal["fixed", "learnable"] | Tensor
 GROUP_INITS = ("xavier3d", "per_class")
 
 
-class DecoderHead(Head):
-    """A head of G queries that read the image by attention and then make the logits of their own classes.
-
-    Use `MLDecoder` or `TransformerDecoder`.
-    """
+class AttentionHead(Head):
+    """A head whose queries read the image by attention: the memory and one decoder layer."""
 
     def __init__(
         self,
         in_features: int,
         num_classes: int,
-        groups: int,
         *,
         embed_dim: int,
         num_heads: int,
         feedforward_dim: int,
         dropout: float,
-        queries: Queries,
-        group_init: str,
         prior: float | None,
         loss: nn.Module | None,
         self_attention: bool,
@@ -46,9 +40,7 @@ class DecoderHead(Head):
         dtype: torch.dtype | None,
     ) -> None:
         super().__init__(in_features, num_classes, prior, loss)
-        where = type(self).__name__
-        _check.check_choice(where, "group_init", group_init, GROUP_INITS)
-        self.embed_dim, self.group_init = embed_dim, group_init
+        self.embed_dim = embed_dim
         self.layers = nn.ModuleList(
             [
                 DecoderLayer(
@@ -64,6 +56,36 @@ class DecoderHead(Head):
             ]
         )
         self.embed_standart = nn.Linear(in_features, embed_dim, device=device, dtype=dtype)
+
+    def reset_parameters(self) -> None:
+        """Draws everything anew but given queries or word vectors."""
+        for layer in self.layers:
+            layer.reset_parameters()  # type: ignore[operator]
+        self.embed_standart.reset_parameters()
+
+    @property
+    def _layer(self) -> DecoderLayer:
+        layer = self.layers[0]
+        assert isinstance(layer, DecoderLayer)
+        return layer
+
+    def _memory(self, features: Tensor) -> Tensor:
+        self._check_features(features, self.embed_standart.weight)
+        return F.relu(self.embed_standart(as_tokens(features)))
+
+
+class DecoderHead(AttentionHead):
+    """An attention head of G queries of its own, each of which makes the logits of its own classes.
+
+    Use `MLDecoder` or `TransformerDecoder`.
+    """
+
+    def __init__(
+        self, in_features: int, num_classes: int, groups: int, *, queries: Queries, group_init: str, **options: Any
+    ) -> None:
+        super().__init__(in_features, num_classes, **options)
+        _check.check_choice(type(self).__name__, "group_init", group_init, GROUP_INITS)
+        self.group_init = group_init
         self._make_last(groups, queries, self.embed_standart.weight)
         self.reset_parameters()
 
@@ -109,19 +131,13 @@ class DecoderHead(Head):
 
     def reset_parameters(self) -> None:
         """Draws everything anew but given queries."""
-        for layer in self.layers:
-            layer.reset_parameters()  # type: ignore[operator]
-        self.embed_standart.reset_parameters()
+        super().reset_parameters()
         if self.queries != "given":
             self.query_embed.reset_parameters()
         self._reset_group_fc()
 
     def _bias_and_gain(self) -> tuple[Tensor | None, float]:
         return self.duplicate_pooling_bias, 1.0
-
-    def _memory(self, features: Tensor) -> Tensor:
-        self._check_features(features, self.embed_standart.weight)
-        return F.relu(self.embed_standart(as_tokens(features)))
 
     def forward(
         self,
@@ -140,7 +156,7 @@ class DecoderHead(Head):
         """
         options = self._options(targets, pre_logits, sample_weight, ignore)
         memory = self._memory(features)
-        h = self.layers[0](self.query_embed.weight, memory, key_mask)
+        h = self._layer(self.query_embed.weight, memory, key_mask)
         if pre_logits:
             return h
         weight, bias, C = self.duplicate_pooling, self.duplicate_pooling_bias, self.num_classes
@@ -163,9 +179,7 @@ class DecoderHead(Head):
         """
         memory = self._memory(features)
         chosen = self._check_classes(classes, features) // self.duplicate_pooling.shape[2]
-        layer = self.layers[0]
-        assert isinstance(layer, DecoderLayer)
-        return layer.attention_weights(self.query_embed.weight, memory, chosen, key_mask)
+        return self._layer.attention_weights(self.query_embed.weight, memory, chosen, key_mask)
 
     def extra_repr(self) -> str:
         """What the printed module shows."""

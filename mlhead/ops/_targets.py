@@ -173,6 +173,15 @@ def _from_pair(where: str, indices: Any, offsets: Any, C: int) -> SparseTargets:
     return given
 
 
+def as_sparse(where: str, targets: Any, C: int) -> Any:
+    """`SparseTargets` of the other sparse forms; anything else as it is."""
+    if isinstance(targets, Tensor) and targets.layout == torch.sparse_csr:
+        return SparseTargets.from_csr(targets)
+    if isinstance(targets, tuple) and not isinstance(targets, SparseTargets) and len(targets) == 2:
+        return _from_pair(where, *targets, C)
+    return targets
+
+
 def _merge(where: str, targets: SparseTargets, ignore: SparseTargets) -> SparseTargets:
     """Targets with the classes of `ignore` as unknown ones."""
     if ignore.num_classes != targets.num_classes or ignore.offsets.shape != targets.offsets.shape:
@@ -198,11 +207,8 @@ def prepare(
     """
     if ignore is not None and loss == "softmax":
         _check.fail(where, "ignore", "None for loss='softmax', whose classes share one sum", type(ignore).__name__)
-    if isinstance(targets, Tensor) and targets.layout == torch.sparse_csr:
-        targets = SparseTargets.from_csr(targets)
-    elif isinstance(targets, tuple) and not isinstance(targets, SparseTargets) and len(targets) == 2:
-        targets = _from_pair(where, *targets, C)
-    elif isinstance(targets, Tensor) and loss == "softmax" and targets.ndim == 1 and not targets.is_floating_point():
+    targets = as_sparse(where, targets, C)
+    if isinstance(targets, Tensor) and loss == "softmax" and targets.ndim == 1 and not targets.is_floating_point():
         if targets.dtype == torch.bool:
             _check.fail(where, "targets", "class indices (B,) of an integer dtype", targets.dtype, TypeError)
         _check.check_shape(where, "targets", targets, "class indices (B,)", (B,))

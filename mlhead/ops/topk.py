@@ -29,6 +29,16 @@ def _first_largest(scores: Tensor, k: int) -> Tensor:
     return torch.topk(torch.add(-columns, bits, alpha=1 << 32), k, dim=1).indices
 
 
+def merge_topk(best: tuple[Tensor, Tensor] | None, found: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
+    """Scores and classes (B, k) of the k largest of those before and of others, whose classes are higher."""
+    if best is None:
+        return found
+    # The classes found before are lower, so they stand to the left.
+    scores, classes = (torch.cat(pair, 1) for pair in zip(best, found, strict=True))
+    order = _first_largest(scores, min(k, scores.shape[1]))
+    return scores.gather(1, order), classes.gather(1, order)
+
+
 def _topk(h: Tensor, weight: Tensor, bias: Tensor | None, k: int, num_classes: int, backend: str) -> Any:
     """Scores and classes of the k largest logits, a block of classes at a time."""
     scores, classes = h.new_empty(h.shape[0], 0), h.new_empty(h.shape[0], 0, dtype=torch.int64)
@@ -38,11 +48,8 @@ def _topk(h: Tensor, weight: Tensor, bias: Tensor | None, k: int, num_classes: i
         b = None if bias is None else bias[block.first : block.first + n]
         logits = _group_fc(h[:, block.groups], w, b, n, backend=backend)
         columns = _first_largest(logits, min(k, n))
-        # The classes found before are lower, so they stand to the left.
-        scores = torch.cat([scores, logits.gather(1, columns)], 1)
-        classes = torch.cat([classes, columns + block.first], 1)
-        order = _first_largest(scores, min(k, scores.shape[1]))
-        scores, classes = scores.gather(1, order), classes.gather(1, order)
+        found = logits.gather(1, columns), columns + block.first
+        scores, classes = merge_topk((scores, classes), found, k)
     return scores, classes
 
 
