@@ -117,9 +117,6 @@ def choose(
         refuse(where, name, wanted, f"which looks like {' and '.join(found.describe() for found in every)}", [])
     if not fitting:
         refuse(where, name, wanted, _without_head(state), [])
-    if fitting[0].zero_shot:
-        must = "of a head that mlhead has; the zero-shot ML-Decoder is not in it yet"
-        refuse(where, name, must, f"which looks like {fitting[0].describe()}", [])
     return fitting[0]
 
 

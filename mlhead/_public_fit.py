@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from torch import Tensor
 
 from ._public_files import kind_of, listing, refuse
 from ._public_keys import Found
-from .heads import CSRAHead, Head, MLDecoder, TransformerDecoder
+from .heads import CSRAHead, Head, MLDecoder, TransformerDecoder, ZeroShotMLDecoder
 from .heads._decoder import DecoderHead
+
+_BANKS = "banks."
 
 
 def targets(head: Head, found: Found) -> dict[str, Tensor]:
@@ -17,7 +21,23 @@ def targets(head: Head, found: Found) -> dict[str, Tensor]:
         if head.bias is not None:
             heads |= {f"bias[{i}]": b.detach() for i, b in enumerate(head.bias)}
         return heads
-    return {own: tensor.detach() for own, tensor in head.state_dict().items()}
+    left_out: tuple[str, ...] = ()
+    if isinstance(head, ZeroShotMLDecoder):  # banks are of any number and size, and in no public file: see `banks`
+        left_out = (_BANKS, "wordvec_proj.") if identity_queries(head, found) else (_BANKS,)
+    return {own: tensor.detach() for own, tensor in head.state_dict().items() if not own.startswith(left_out)}
+
+
+def identity_queries(head: Head, found: Found) -> bool:
+    """Whether a file has no `wordvec_proj`, and the head's word vectors are as wide as its queries, too."""
+    square = isinstance(head, ZeroShotMLDecoder) and head.full and head.embed_dim == head.word_dim
+    return square and found.without_projection
+
+
+def banks(head: Head, keys: Mapping[str, str]) -> dict[str, str]:
+    """Of every bank of word vectors its name, and its key among those that `compare` found."""
+    if not isinstance(head, ZeroShotMLDecoder):
+        return {}
+    return {own[len(_BANKS) :]: key for own, key in keys.items() if own.startswith(_BANKS)}
 
 
 def sizes_text(head: Head) -> str:
@@ -30,6 +50,9 @@ def sizes(head: Head) -> dict[str, int]:
     """A head's dimensions, in the letters of `Found.sizes`."""
     if isinstance(head, CSRAHead):
         return {"H": head.num_heads, "C": head.num_classes, "D": head.in_features}
+    if isinstance(head, ZeroShotMLDecoder):
+        width = head.layers[0].linear1.out_features  # type: ignore[union-attr]
+        return {"E": head.embed_dim, "W": head.word_dim, "D": head.in_features, "F": width}  # type: ignore[dict-item]
     assert isinstance(head, DecoderHead)
     G, E, J = head.duplicate_pooling.shape
     width = head.layers[0].linear1.out_features  # type: ignore[union-attr]
@@ -37,27 +60,41 @@ def sizes(head: Head) -> dict[str, int]:
 
 
 def compare(where: str, head: Head, found: Found, name: str) -> dict[str, str]:
-    """The key in the file of each of the head's tensors; raises if any key is missing, left over or does not fit."""
+    """The key in the file of each of the head's tensors and of each bank in the file, under mlhead's names.
+
+    Raises if any key is missing, left over or does not fit.
+    """
     wanted = targets(head, found)
     keys: dict[str, str] = {}
     unexpected = []
     for key, own in found.names.items():
-        if own is None or own not in wanted or own in keys:
+        if own is None or own in keys or not (own in wanted or _is_bank(head, own)):
             unexpected.append(f"{key}: {kind_of(found.state[key])}")
         else:
             keys[own] = key
     missing = [f"{found.public_name(own)}: {tuple(t.shape)}" for own, t in wanted.items() if own not in keys]
     wrong = []
     for own, key in keys.items():
-        value, shape = found.state[key], tuple(wanted[own].shape)
+        value = found.state[key]
         usable = isinstance(value, Tensor) and value.is_floating_point() and not value.is_meta
-        if not usable or value.shape != shape:
+        if isinstance(head, ZeroShotMLDecoder) and own not in wanted:
+            shape = f"(C, {head.word_dim})"
+            fits = usable and value.ndim == 2 and value.shape[1] == head.word_dim and len(value) > 0
+        else:
+            shape = str(tuple(wanted[own].shape))
+            fits = usable and value.shape == wanted[own].shape
+        if not fits:
             wrong.append(f"{key}: wanted {shape}, found {kind_of(value)}")
     if missing or unexpected or wrong:
         lists = [listing("missing", missing), listing("unexpected", unexpected), listing("wrong shape", wrong)]
         got = f"which looks like {found.describe()}"
         refuse(where, name, f"a checkpoint of {sizes_text(head)}", got, [*lists, *_hints(where, head, found)])
     return keys
+
+
+def _is_bank(head: Head, own: str) -> bool:
+    """Whether a key is one that the head can have a bank under."""
+    return isinstance(head, ZeroShotMLDecoder) and own.startswith(_BANKS) and own[len(_BANKS) :].isidentifier()
 
 
 def _hints(where: str, head: Head, found: Found) -> list[str]:
@@ -75,15 +112,23 @@ def _hints(where: str, head: Head, found: Found) -> list[str]:
         else:
             lost = "class c is column c mod J of group c div J, so its classes lie elsewhere"
             hints.append(f"J = {J} is neither {ceil} nor the published int(C / G + 0.999): {lost}")
-    elif differ and where == "load_public" and not grouped_self_attention:
+    elif differ and where == "load_public" and not grouped_self_attention and not found.group_words:
         groups = f", groups={G}" if isinstance(head, MLDecoder) else ""
         reset = f"head.reset({C}{groups}) first, or " if differ <= {"C", "J"} else ""
         hints.append(f"use {reset}head_from_public(source), which builds a head of the file's sizes")
-    if decoder and isinstance(head, TransformerDecoder) and not found.self_attention:
+    if found.zero_shot and not isinstance(head, ZeroShotMLDecoder):
+        groups = " with groups" if found.group_words else ""
+        hints.append(f"word vectors as queries: load it into a ZeroShotMLDecoder{groups}")
+    elif found.zero_shot and isinstance(head, ZeroShotMLDecoder) and head.full == found.group_words:
+        decoding = "group decoding: build it with" if head.full else "full decoding: build it without"
+        hints.append(f"{decoding} groups")
+    elif decoder and isinstance(head, ZeroShotMLDecoder) and G and not found.self_attention:
+        hints.append("queries of its own, no word vectors: load it into an MLDecoder")
+    elif decoder and isinstance(head, TransformerDecoder) and not found.self_attention:
         hints.append("no self-attention, as in ML-Decoder: load it into an MLDecoder")
     if grouped_self_attention:
         hints.append("self-attention and fewer groups than classes: no head of mlhead has both")
-    elif isinstance(head, MLDecoder) and found.self_attention:
+    elif isinstance(head, (MLDecoder, ZeroShotMLDecoder)) and found.self_attention:
         hints.append("self-attention, which ML-Decoder does not have: load it into a TransformerDecoder")
     if decoder and found.layers > 1:
         hints.append(f"{found.layers} decoder layers, where the heads of mlhead have one")

@@ -1,7 +1,8 @@
 """Finding a head in a state dict by the names of public code, and what the shapes in it say.
 
 Decoders: `layers.0.*` (one level down in `decoder.` in public files), `embed_standart.*`, `query_embed.weight`,
-`duplicate_pooling` and `duplicate_pooling_bias`, these with `decoder.` before them or without. CSRA:
+`duplicate_pooling` and `duplicate_pooling_bias`, these with `decoder.` before them or without. Zero-shot decoders:
+`wordvec_proj.*`, never with `decoder.`, in the place of `query_embed.weight`. CSRA:
 `classifier.multi_head.<i>.head.weight`, or `csra_heads.<i>.head.weight` in OpenMMLab's files.
 """
 
@@ -27,11 +28,19 @@ DECODER_KEYS = (
     *("embed_standart.weight", "embed_standart.bias", "query_embed.weight"),
     *("duplicate_pooling", "duplicate_pooling_bias"),
 )
+# The same of one with word vectors as queries; without `wordvec_proj` if they are as wide as the queries.
+ZERO_SHOT_KEYS = (
+    *(key for key in DECODER_KEYS if key != "query_embed.weight"),
+    *("wordvec_proj.weight", "wordvec_proj.bias"),
+)
 
-# No other model is known to use these names; `layers.0.multihead_attn` and `query_embed` are also DETR's.
-_DECODER = re.compile(r"((?:.*\.)?)(?:(?:embed_standart|wordvec_proj)\.(?:weight|bias)|duplicate_pooling(?:_bias)?)")
+# No other model is known to use these names; `layers.0.multihead_attn` and `query_embed` are also DETR's, and
+# `wordvec_proj` is also RAM's.
+_DECODER = re.compile(r"((?:.*\.)?)(?:embed_standart\.(?:weight|bias)|duplicate_pooling(?:_bias)?)")
 _CSRA = re.compile(r"((?:.*\.)?)(multi_head|csra_heads)\.(\d+)\.head\.(weight|bias)")
-_OUTER = {"embed_standart", "wordvec_proj", "query_embed", "duplicate_pooling", "duplicate_pooling_bias"}
+_OUTER = {"embed_standart", "query_embed", "duplicate_pooling", "duplicate_pooling_bias"}
+# Of zero-shot heads, never below `decoder.`; all but the first are mlhead's own.
+_WORDS = {"wordvec_proj", "query_proj", "class_proj", "banks"}
 
 
 @dataclass
@@ -73,8 +82,12 @@ class Found:
         if self.family == "csra":
             name, index = own.rstrip("]").split("[")
             return f"{self.prefix}{self.classifier}{self.form}.{index}.head.{name}"
-        inside = self.form == "decoder" or own.startswith("layers.")
+        inside = own.startswith("layers.") or (self.form == "decoder" and own.partition(".")[0] not in _WORDS)
         return self.prefix + ("decoder." if inside else "") + own
+
+    def has(self, *starts: str) -> bool:
+        """Whether mlhead's name of any key begins with one of these."""
+        return any(name and name.startswith(starts) for name in self.names.values())
 
     def shape(self, own: str, ndim: int) -> tuple[int, ...] | None:
         """The shape of a value, if it is there and has so many axes."""
@@ -85,7 +98,10 @@ class Found:
         return None
 
     def sizes(self) -> dict[str, int]:
-        """The dimensions that the shapes tell, by the letters of the papers; F is the feed-forward's width."""
+        """The dimensions that the shapes tell, by the letters of the papers.
+
+        F is the feed-forward's width, W that of word vectors.
+        """
         found: dict[str, int] = {}
 
         def add(own: str, letters: str) -> None:
@@ -93,9 +109,16 @@ class Found:
             found.update({a: n for a, n in zip(letters, shape or (), strict=False) if a != "_"})
 
         if self.family == "decoder":
-            add("query_embed.weight", "GE")
-            add("duplicate_pooling", "GEJ")
-            add("duplicate_pooling_bias", "C")
+            if self.zero_shot:
+                add("duplicate_pooling", "E_")
+                if "E" in found and self.without_projection:
+                    found["W"] = found["E"]
+                add("wordvec_proj.weight", "EW")
+                add("class_proj.weight", "WE")
+            else:
+                add("query_embed.weight", "GE")
+                add("duplicate_pooling", "GEJ")
+                add("duplicate_pooling_bias", "C")
             add("embed_standart.weight", "ED")
             add("layers.0.linear1.weight", "F_")
         elif self.form == "own":
@@ -108,9 +131,18 @@ class Found:
 
     @property
     def zero_shot(self) -> bool:
-        """A head with word vectors as queries and one pooling vector (E, 1) for all classes."""
-        words = any(name and name.startswith("wordvec_proj.") for name in self.names.values())
-        return words or self.shape("duplicate_pooling", 2) is not None
+        """A head with word vectors as queries, in public files with one pooling vector (E, 1) for all classes."""
+        return self.has("wordvec_proj.") or self.group_words or self.shape("duplicate_pooling", 2) is not None
+
+    @property
+    def group_words(self) -> bool:
+        """A zero-shot head of group decoding, which only mlhead has."""
+        return self.has("query_proj.", "class_proj.")
+
+    @property
+    def without_projection(self) -> bool:
+        """Of a zero-shot file: that its word vectors are as wide as its queries, and not projected."""
+        return bool(self.names) and self.form != "own" and not self.has("wordvec_proj.") and not self.group_words
 
     @property
     def self_attention(self) -> bool:
@@ -131,7 +163,7 @@ class Found:
             parts = [f"{sizes.get('H', '?')} head{'s' * (sizes.get('H') != 1)}", C]
         else:
             parts = [C]
-        parts += [f"{a} = {sizes[a]}" for a in "GJED" if a in sizes]
+        parts += [f"{a} = {sizes[a]}" for a in "GJEWD" if a in sizes]
         parts += [f"feed-forward width {sizes['F']}"] if "F" in sizes else []
         kind = "a CSRA"
         if self.family == "decoder":
@@ -184,9 +216,7 @@ def _decoder(container: str, prefix: str, state: Mapping[str, Any]) -> Found:
     inner = prefix + "decoder."
     nested = any(key.startswith(inner + "layers.") for key in state)
     inside = any(_DECODER.fullmatch(key) for key in state if key.startswith(inner))
-    outside = any(
-        key.startswith(prefix) and key[len(prefix) :].partition(".")[0] in _OUTER - {"wordvec_proj"} for key in state
-    )
+    outside = any(key.startswith(prefix) and key[len(prefix) :].partition(".")[0] in _OUTER for key in state)
     form = "decoder" if nested else "own"
     if outside and (nested or inside):
         form = "mixed" if inside else "flat"
@@ -199,7 +229,7 @@ def _decoder(container: str, prefix: str, state: Mapping[str, Any]) -> Found:
             _count_beside(found, key)
         elif rest.startswith("decoder.") and (nested or inside):
             found.names[key] = rest[len("decoder.") :]
-        elif rest.partition(".")[0] in _OUTER or (rest.startswith("layers.") and not nested):
+        elif rest.partition(".")[0] in _OUTER | _WORDS or (rest.startswith("layers.") and not nested):
             found.names[key] = rest
         elif _holds_a_model(prefix):
             _count_beside(found, key)

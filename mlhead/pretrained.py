@@ -12,15 +12,16 @@ from torch import Tensor, nn
 
 from . import _check
 from ._public_files import choose, dotted, kind_of, listing, open_source, refuse
-from ._public_fit import compare, sizes_text, targets
-from ._public_keys import DECODER_KEYS, Found
-from .heads import CSRAHead, Head, MLDecoder, TransformerDecoder
+from ._public_fit import banks, compare, identity_queries, sizes_text, targets
+from ._public_keys import DECODER_KEYS, ZERO_SHOT_KEYS, Found
+from .heads import CSRAHead, Head, MLDecoder, TransformerDecoder, ZeroShotMLDecoder
 from .heads._decoder import Queries
 
 FORMS = ("decoder", "flat")
 KINDS: dict[type[Head], str] = {
     MLDecoder: "ml_decoder",
     TransformerDecoder: "transformer_decoder",
+    ZeroShotMLDecoder: "zero_shot",
     CSRAHead: "csra",
 }
 _FORM_TEXT = {
@@ -31,6 +32,7 @@ _FORM_TEXT = {
     "multi_head": "`multi_head.<i>.head`",
     "csra_heads": "`csra_heads.<i>.head`, as OpenMMLab writes it",
 }
+_PUBLIC_WORD_DIM = 300  # at E = 300, too, public code does not project the word vectors
 
 
 @dataclass
@@ -38,7 +40,7 @@ class LoadReport:
     """What a load did; as a string, a table.
 
     Attributes:
-        kind: "ml_decoder", "transformer_decoder" or "csra".
+        kind: "ml_decoder", "transformer_decoder", "zero_shot" or "csra".
         form: How the file writes the keys: "decoder", "flat", "multi_head", "csra_heads", "own", or "mixed".
         source: The file, or "a state dict".
         prefix: What precedes the public keys in the file, with the dictionaries around them.
@@ -85,7 +87,7 @@ def load_public(
     """Loads a public checkpoint, or one of mlhead's own, into a head: every key must fit, or nothing changes.
 
     Args:
-        head: An MLDecoder, TransformerDecoder or CSRAHead of the checkpoint's sizes.
+        head: An MLDecoder, TransformerDecoder, ZeroShotMLDecoder or CSRAHead of the checkpoint's sizes.
         source: A file of torch.save or .safetensors, read without running code from it; or a state dict. Dictionaries
             around the state dict ("state_dict", "model", ...) and prefixes ("module.", "head.", ...) are found.
         prefix: What precedes the public keys, for a file with several heads. By default the only head in the file.
@@ -102,10 +104,14 @@ def load_public(
     Known limits:
         * The number of attention heads, and CSRA's lam, temperatures and normalisation, are in no checkpoint. The
           report shows the head's own.
-        * Heads with `wordvec_proj` (zero-shot) are recognised and refused.
+        * Public zero-shot files hold no word vectors: the head keeps its banks. Those of mlhead's own files are set
+          beside them, or in the place of one of the same name.
+        * A zero-shot file without `wordvec_proj` fits a head with E = W, whose projection becomes the identity.
+        * Of group decoding of word vectors, how many classes share a query is in no checkpoint.
 
     Source:
-        ML-Decoder, section 2.3.2; CSRA, section 3.4. Only the names of the keys are those of their public code.
+        ML-Decoder, sections 2.3.2 and 2.3.3; CSRA, section 3.4. Only the names of the keys are those of their public
+        code.
     """
     where = "load_public"
     _check_head(where, head)
@@ -122,6 +128,7 @@ def head_from_public(
     num_heads: int = 8,
     dropout: float = 0.1,
     queries: Queries = "fixed",
+    word_vectors: Tensor | Mapping[str, Tensor] | None = None,
     lam: float | Sequence[float] = 0.1,
     temperatures: Sequence[float] | None = None,
     normalize: bool = True,
@@ -136,7 +143,10 @@ def head_from_public(
         prefix: As of `load_public`.
         num_heads: Attention heads of a decoder, 8 in public ones; a checkpoint does not say it.
         dropout: Of a decoder, in training.
-        queries: "fixed" or "learnable": whether the queries, which come from the file, are trained further.
+        queries: "fixed" or "learnable": whether the queries, which come from the file, are trained further. Zero-shot
+            heads have none.
+        word_vectors: Of a zero-shot head, whose public files hold none: (C, W), or banks by name, in the place of those
+            of an own file. See `ZeroShotMLDecoder`.
         lam: Of a CSRA head; a checkpoint does not say it, the file's name may (`..._lam0.5_...`).
         temperatures: Of a CSRA head; by default the paper's for its number of heads, see `CSRAHead`.
         normalize: Of a CSRA head; by default as published.
@@ -145,21 +155,44 @@ def head_from_public(
         verbose: Whether the report is printed.
 
     Returns:
-        An MLDecoder; a TransformerDecoder, if there is self-attention; or a CSRAHead. In training
-        mode, as any new head.
+        An MLDecoder; a TransformerDecoder, if there is self-attention; a ZeroShotMLDecoder of full decoding, if there
+        are no queries but one pooling vector; or a CSRAHead. In training mode, as any new head.
 
     Raises:
-        CheckpointError: As of `load_public`, or if a key that tells a size is missing.
+        CheckpointError: As of `load_public`, or if a key that tells a size is missing, or of a zero-shot head of group
+            decoding.
+        ValueError: Word vectors of another width, or for a head that takes none.
     """
     where = "head_from_public"
     if not isinstance(queries, str):
         _check.fail(where, "queries", "'fixed' or 'learnable': the queries come from the file", type(queries).__name__)
     state, name = open_source(where, source)
     found = choose(where, state, name, prefix, None, "a checkpoint with a head of ML-Decoder or CSRA")
+    if found.group_words:
+        must = "of full decoding; how many classes share a query is in no checkpoint"
+        how = "build the ZeroShotMLDecoder with its groups, then load_public(head, source) or head.load_state_dict(...)"
+        refuse(where, name, must, f"which looks like {found.describe()}, of group decoding", [how])
+    if word_vectors is not None and not found.zero_shot:
+        _check.fail(where, "word_vectors", f"None for {found.describe()}", type(word_vectors).__name__)
+    classes = _classes_of(where, word_vectors)
     has = found.sizes()
-    needed = "CGED" + "F" if found.family == "decoder" else "HCD"
-    if not set(needed) <= has.keys():
-        own = DECODER_KEYS if found.family == "decoder" else ("weight" if found.form == "own" else "weight[0]",)
+    like = next(
+        (
+            value
+            for key, value in found.state.items()
+            if found.names.get(key) in ("duplicate_pooling", "weight", "weight[0]") and isinstance(value, Tensor)
+        ),
+        None,
+    )
+    needed = "HCD" if found.family == "csra" else "EWDF" if found.zero_shot else "CGEDF"
+    if like is None or not set(needed) <= has.keys():
+        if found.family == "csra":
+            own: tuple[str, ...] = ("weight" if found.form == "own" else "weight[0]",)
+        elif found.zero_shot:
+            left_out = "wordvec_proj." if found.without_projection else ()
+            own = tuple(key for key in ZERO_SHOT_KEYS if not key.startswith(left_out))
+        else:
+            own = DECODER_KEYS
         missing = [found.public_name(key) for key in own if key not in found.names.values()]
         odd = [
             f"{key}: {kind_of(found.state[key])}"
@@ -168,13 +201,8 @@ def head_from_public(
         ]
         problems = [listing("missing", missing), listing("of a shape that does not tell the size", odd)]
         refuse(where, name, "a checkpoint with all keys of its head", found.describe(), problems)
-    like = next(
-        value
-        for key, value in found.state.items()
-        if found.names.get(key) in ("duplicate_pooling", "weight", "weight[0]") and isinstance(value, Tensor)
-    )
     dtype = like.dtype if dtype is None and like.is_floating_point() else dtype
-    C, D = has["C"], has["D"]
+    C, D = has.get("C", 1), has["D"]  # a zero-shot head's C is that of its word vectors
     # Built without memory, so that nothing is drawn at random only to be overwritten.
     head: Head
     if found.family == "csra":
@@ -183,32 +211,48 @@ def head_from_public(
         head = CSRAHead(D, C, **options, bias=bias, device="meta", dtype=dtype)  # type: ignore[arg-type]
     else:
         decoder: dict[str, Any] = {"embed_dim": has["E"], "num_heads": num_heads, "feedforward_dim": has["F"]}
-        decoder |= {"dropout": dropout, "queries": queries, "device": "meta", "dtype": dtype}
-        if found.self_attention:
-            head = TransformerDecoder(D, C, **decoder)
+        decoder |= {"dropout": dropout, "device": "meta", "dtype": dtype}
+        if found.zero_shot:
+            head = ZeroShotMLDecoder(D, C, word_dim=has["W"], **decoder)
+        elif found.self_attention:
+            head = TransformerDecoder(D, C, queries=queries, **decoder)
         else:
-            head = MLDecoder(D, C, groups=has["G"], **decoder)
+            head = MLDecoder(D, C, groups=has["G"], queries=queries, **decoder)
     compare(where, head, found, name)
     head.to_empty(device=like.device if device is None else device)
     _load(where, head, found, name, verbose)
+    if isinstance(head, ZeroShotMLDecoder) and classes is not None:
+        head.reset(classes, word_vectors=word_vectors)
     return head
+
+
+def _classes_of(where: str, word_vectors: Tensor | Mapping[str, Tensor] | None) -> int | None:
+    """C of the first bank, if there is any."""
+    first = next(iter(word_vectors.values()), None) if isinstance(word_vectors, Mapping) else word_vectors
+    if first is None:
+        return None
+    _check.check_tensor(where, "word_vectors", first)
+    _check.check_ndim(where, "word_vectors", first, "(C, W)")
+    return len(first)
 
 
 def public_state_dict(head: Head, form: str = "decoder", prefix: str = "") -> dict[str, Tensor]:
     """A head's parameters under the keys of public checkpoints.
 
     Args:
-        head: An MLDecoder, TransformerDecoder or CSRAHead.
-        form: Of a decoder: "decoder" puts `decoder.` before all keys, "flat" before those of the layers only. CSRA has
-            one form, `classifier.multi_head.<i>.head.weight` (C, D, 1, 1).
+        head: An MLDecoder, TransformerDecoder, CSRAHead, or ZeroShotMLDecoder of full decoding.
+        form: Of a decoder: "decoder" puts `decoder.` before all keys but `wordvec_proj.*`, "flat" before those of the
+            layers only. CSRA has one form, `classifier.multi_head.<i>.head.weight` (C, D, 1, 1).
         prefix: Before every key, for example "head.".
 
     Returns:
-        Keys and tensors, which share the memory of the parameters as those of `head.state_dict()` do.
+        Keys and tensors, which share the memory of the parameters as those of `head.state_dict()` do. Banks of word
+        vectors are left out; at E = W = 300 so is `wordvec_proj`, which public code does not have there.
 
     Raises:
         TypeError: Another head.
-        ValueError: Another form.
+        ValueError: Another form. A zero-shot head that public code cannot load: one of group decoding, or with E = W =
+            300 and another projection of the word vectors than the identity.
     """
     where = "public_state_dict"
     _check_head(where, head)
@@ -218,7 +262,19 @@ def public_state_dict(head: Head, form: str = "decoder", prefix: str = "") -> di
         found = Found("csra", "", prefix, {}, "multi_head", classifier="classifier.")
     else:
         found = Found("decoder", "", prefix, {}, form)
-    return {found.public_name(own): tensor for own, tensor in targets(head, found).items()}
+    tensors = targets(head, found)
+    if isinstance(head, ZeroShotMLDecoder):
+        if not head.full:
+            got = f"one with up to {head.group_size} classes a query"
+            _check.fail(where, "head", "built without groups: public zero-shot code has no group decoding", got)
+        if head.embed_dim == head.word_dim == _PUBLIC_WORD_DIM:
+            _check_memory(where, head)
+            eye = torch.eye(_PUBLIC_WORD_DIM).to(head.wordvec_proj.weight)
+            if not torch.equal(head.wordvec_proj.weight, eye) or head.wordvec_proj.bias.any():
+                must = f"one whose wordvec_proj is the identity: at E = W = {_PUBLIC_WORD_DIM} public code has none"
+                _check.fail(where, "head", must, "another projection")
+            tensors = {own: tensor for own, tensor in tensors.items() if not own.startswith("wordvec_proj.")}
+    return {found.public_name(own): tensor for own, tensor in tensors.items()}
 
 
 def _check_head(where: str, head: object) -> None:
@@ -227,20 +283,37 @@ def _check_head(where: str, head: object) -> None:
     got = type(head).__name__
     if isinstance(head, nn.Module) and isinstance(getattr(head, "head", None), Head):
         got += "; its head is its attribute `head`"
-    _check.fail(where, "head", "an MLDecoder, TransformerDecoder or CSRAHead", got, TypeError)
+    _check.fail(where, "head", "an MLDecoder, TransformerDecoder, ZeroShotMLDecoder or CSRAHead", got, TypeError)
+
+
+def _check_memory(where: str, head: Head) -> None:
+    if any(parameter.is_meta for parameter in head.parameters()):
+        _check.fail(where, "head", "on a device with memory (head.to_empty(device=...))", "on the meta device")
 
 
 def _load(where: str, head: Head, found: Found, name: str, verbose: bool) -> LoadReport:
-    if any(parameter.is_meta for parameter in head.parameters()):
-        _check.fail(where, "head", "on a device with memory (head.to_empty(device=...))", "on the meta device")
+    _check_memory(where, head)
     keys = compare(where, head, found, name)
     into = targets(head, found)
     with torch.no_grad():
-        for own, key in keys.items():
-            into[own].copy_(found.state[key])
+        for own, tensor in into.items():
+            tensor.copy_(found.state[keys[own]])
+        if isinstance(head, ZeroShotMLDecoder):
+            if identity_queries(head, found):
+                head.wordvec_proj.weight.copy_(torch.eye(head.word_dim))
+                head.wordvec_proj.bias.zero_()
+            for bank, key in banks(head, keys).items():
+                head.set_bank(bank, found.state[key])
+                into[f"banks.{bank}"] = head.bank(bank)
     values = {own: found.state[key] for own, key in keys.items()}
     names = ("temperatures", "lam", "normalize", "pooling") if isinstance(head, CSRAHead) else ("num_heads",)
     holder: Any = head if isinstance(head, CSRAHead) else head.layers[0].multihead_attn  # type: ignore[index, union-attr]
+    assumed = {name: getattr(holder, name) for name in names}
+    if isinstance(head, ZeroShotMLDecoder):
+        if not head.full:
+            assumed["group_size"] = head.group_size
+        if identity_queries(head, found):
+            assumed["wordvec_proj"] = "identity"
     report = LoadReport(
         kind=next(kind for cls, kind in KINDS.items() if isinstance(head, cls)),
         form=found.form,
@@ -249,7 +322,7 @@ def _load(where: str, head: Head, found: Found, name: str, verbose: bool) -> Loa
         mapped=[(keys[own], own, tuple(values[own].shape)) for own in into],
         ignored=dict(found.beside.most_common()),
         casts=[(keys[own], values[own].dtype, t.dtype) for own, t in into.items() if values[own].dtype != t.dtype],
-        assumed={name: getattr(holder, name) for name in names},
+        assumed=assumed,
     )
     if verbose:
         print(report)
