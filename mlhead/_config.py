@@ -35,6 +35,11 @@ class TrainConfig:
     """The options of one run."""
 
     out: str = _option("runs/train", "folder for checkpoints, logs and the config")
+    task: str = _option(
+        "classification",
+        "'zero-shot' trains a head of word vectors on seen classes and tests it on unseen ones too",
+        choices=("classification", "zero-shot"),
+    )
     # Data
     data: str = _option("scenes", "'scenes', which needs no download, or a folder of images with --labels")
     num_classes: int = _option(100, "classes of the scenes: 10, 100, 1000 or 10000", least=1)
@@ -58,6 +63,10 @@ class TrainConfig:
     train_length: int = _option(20_000, "scenes in an epoch; each epoch has new ones", least=1)
     val_length: int = _option(2_000, "validation scenes", least=1)
     long_tail: bool = _option(False, "scenes: numbers as unlike in frequency as the labels of large sets")
+    unseen: float = _option(0.2, "zero-shot, scenes: share of the numbers that no training scene shows", least=0)
+    word_vectors: str | None = _option(
+        None, "zero-shot: word vectors in place of the data's own: GloVe or word2vec file, or an array of all classes"
+    )
     crop_scale: float = _option(0.5, "folder: smallest share of an image's area that a training crop keeps", least=0)
     hflip: float = _option(0.5, "folder: probability of mirroring a training image", least=0)
     auto_augment: str | None = _option(None, "folder: timm's name of an augmentation, e.g. rand-m9-mstd0.5-inc1")
@@ -70,14 +79,23 @@ class TrainConfig:
     )
     backbone_opt: dict[str, Any] = _option({}, "option of the backbone as name=value; may be repeated")
     head: str = _option(
-        "ml_decoder", "classification head", choices=("gap", "csra", "ml_decoder", "transformer_decoder")
+        "ml_decoder",
+        "classification head; 'zero_shot', the one for --task zero-shot, is chosen by it",
+        choices=("gap", "csra", "ml_decoder", "transformer_decoder", "zero_shot"),
     )
     head_opt: dict[str, Any] = _option({}, "option of the head as name=value, e.g. groups=50; may be repeated")
+    query_noise: float = _option(
+        0.0,
+        "zero-shot: noise on the queries in training, as a multiple of the word vectors' root mean square",
+        least=0,
+    )
+    random_queries: int = _option(0, "zero-shot: random queries beside the classes in training", least=0)
     prior: bool = _option(True, "start the head's bias, where it has one, at the classes' share of the training labels")
     loss: str = _option("bce", "loss", choices=("bce", "asl", "softmax"))
     loss_opt: dict[str, Any] = _option({}, "option of the loss as name=value; may be repeated")
     fused_loss: bool = _option(
-        False, "train with the loss in the head, on sparse labels: neither logits nor dense targets exist"
+        False,
+        "train with the loss in the head, on sparse labels, without logits and dense targets; zero-shot always does",
     )
     # Optimisation
     epochs: float = _option(10.0, "length of the run", least=0)
@@ -107,6 +125,12 @@ class TrainConfig:
         for name in ("val_fraction", "warmup", "ema"):
             if getattr(self, name) >= 1:
                 usage_fail(flag(name), "below 1", getattr(self, name))
+        if self.task == "zero-shot":
+            if self.head not in ("ml_decoder", "zero_shot"):
+                usage_fail("--head", "'zero_shot', or absent, for --task zero-shot", repr(self.head))
+            self.head, self.fused_loss = "zero_shot", True
+        elif self.head == "zero_shot":
+            usage_fail("--task", "'zero-shot' for --head zero_shot", repr(self.task))
         if self.steps is None and self.epochs == 0:
             usage_fail("--epochs", "above 0", self.epochs)
 

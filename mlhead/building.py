@@ -16,7 +16,7 @@ from mlhead._config import TrainConfig
 from mlhead._usage import UsageError, closest, require, usage_fail
 from mlhead.backbones import HeadedModel, attach_head
 from mlhead.checkpoints import CheckpointError, load_checkpoint
-from mlhead.heads import HEADS
+from mlhead.heads import HEADS, QueryAugmentation
 from mlhead.smallnet import SmallNet
 
 LOSSES: dict[str, type[nn.Module]] = {
@@ -58,15 +58,18 @@ def build_model(
     channels: int,
     frequencies: Tensor | None = None,
     *,
+    word_vectors: Tensor | None = None,
     load_weights: bool = True,
 ) -> HeadedModel:
     """Backbone and head.
 
     Args:
         config: the options of a run.
-        num_classes: C.
+        num_classes: C, the classes that are trained.
         channels: of the images.
         frequencies: (C,) at which the head's bias starts, where it has one; None leaves it as it is.
+        word_vectors: for a zero-shot head (C + U, W), of the C classes and then of unseen ones: its banks "train",
+            "test" and "union". None where a checkpoint brings them; `head_opt` then says `word_dim`.
         load_weights: False where a checkpoint replaces all weights anyway: --pretrained and --init-backbone do nothing.
 
     Raises:
@@ -74,6 +77,8 @@ def build_model(
     """
     options = dict(config.head_opt)
     _check_names(options, HEADS[config.head], "--head-opt", f"head {config.head}")
+    if config.task == "zero-shot":
+        options |= _zero_shot_options(config, num_classes, word_vectors)
     chosen = config if load_weights else dataclasses.replace(config, pretrained=False)
     backbone = build_backbone(chosen, channels)
     try:
@@ -86,6 +91,17 @@ def build_model(
     if frequencies is not None and config.prior and options.get("prior") is None and has_bias:
         model.head.set_prior(frequencies)  # type: ignore[operator]
     return model
+
+
+def _zero_shot_options(config: TrainConfig, num_seen: int, word_vectors: Tensor | None) -> dict[str, Any]:
+    """What a zero-shot head takes besides the options that the command line gives."""
+    options: dict[str, Any] = {}
+    if word_vectors is not None:
+        banks = {"train": word_vectors[:num_seen], "test": word_vectors[num_seen:], "union": word_vectors}
+        options["word_vectors"] = {name: bank for name, bank in banks.items() if len(bank)}
+    if config.query_noise or config.random_queries:
+        options["augmentation"] = QueryAugmentation(config.query_noise, config.random_queries)
+    return options
 
 
 def _init_backbone(model: HeadedModel, path: Path) -> None:
@@ -123,7 +139,7 @@ def scores_as_logits(config: TrainConfig, logits: Tensor) -> Tensor:
 
 
 def _check_names(options: dict[str, Any], kind: type, argument: str, owner: str, without: tuple[str, ...] = ()) -> None:
-    skip = {"self", "in_features", "num_classes", "loss", "device", "dtype", *without}
+    skip = {"self", "in_features", "num_classes", "loss", "device", "dtype", "word_vectors", "augmentation", *without}
     known = [name for name in inspect.signature(kind.__init__).parameters if name not in skip]  # type: ignore[misc]
     for name in options:
         if name not in known:

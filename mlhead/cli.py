@@ -158,7 +158,7 @@ def _train(arguments: argparse.Namespace) -> int:
 def _eval(arguments: argparse.Namespace) -> int:
     import json
 
-    from mlhead import inference, metrics
+    from mlhead import inference
 
     result = inference.evaluate_checkpoint(
         Path(arguments.checkpoint),
@@ -170,8 +170,9 @@ def _eval(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps(result))
     else:
-        for name in metrics.NAMES:
-            print(f"{name:9} {result[name]:{'.4f' if name != 'classes' else 'd'}}")
+        width = max(map(len, result))
+        for name, value in result.items():
+            print(f"{name:{width}} {value:{'d' if isinstance(value, int) else '.4f'}}")
     return 0
 
 

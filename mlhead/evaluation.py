@@ -13,7 +13,7 @@ from mlhead._progress import Progress
 from mlhead._usage import usage_fail
 from mlhead.data.loading import Batch
 from mlhead.data.reporting import BadDataLog
-from mlhead.metrics import MultiLabelMetrics
+from mlhead.metrics import MultiLabelMetrics, ZeroShotMetrics
 from mlhead.ops import SparseTargets
 
 AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,13 +41,12 @@ def evaluate(
     model: nn.Module,
     batches: Any,
     config: TrainConfig,
-    num_classes: int,
+    metrics: MultiLabelMetrics | ZeroShotMetrics,
     device: torch.device,
     bad_data: BadDataLog,
     progress: Progress | None = None,
 ) -> dict[str, float]:
     """The metrics of a model over batches; the model's mode is put back afterwards."""
-    metrics = MultiLabelMetrics(num_classes, device=device)
     was_training = model.training
     model.eval()
     for batch in batches:

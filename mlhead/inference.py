@@ -22,6 +22,7 @@ from mlhead.data.loading import BadSample, evaluation_loader
 from mlhead.data.reporting import BadDataLog
 from mlhead.data.sources import ImageSpec, open_source
 from mlhead.evaluation import choose_device, evaluate
+from mlhead.metrics import MultiLabelMetrics, ZeroShotMetrics
 
 
 class Loaded(NamedTuple):
@@ -33,6 +34,7 @@ class Loaded(NamedTuple):
     class_names: list[str]
     step: int
     device: torch.device
+    num_seen: int  # the classes before this one were trained
 
 
 class Prediction(NamedTuple):
@@ -59,7 +61,8 @@ def load_model(path: Path, *, device: str = "auto", weights: str = "auto") -> Lo
     state = load_checkpoint(path)
     config = TrainConfig(**state["config"])
     spec = ImageSpec(**state["image_spec"])
-    model = building.build_model(config, len(state["class_names"]), spec.channels, load_weights=False)
+    num_seen = state.get("num_seen", len(state["class_names"]))
+    model = building.build_model(config, num_seen, spec.channels, load_weights=False)
     if weights == "ema" and state["ema"] is None:
         usage_fail("--weights", "'model' for a run without --ema", "'ema'")
     chosen = state["ema"] if weights != "model" and state["ema"] is not None else state["model"]
@@ -68,8 +71,11 @@ def load_model(path: Path, *, device: str = "auto", weights: str = "auto") -> Lo
     except RuntimeError as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"checkpoint {path} does not fit the model that its options describe: {reason}") from error
+    if config.task == "zero-shot":
+        model.head.use("union")  # type: ignore[operator]
     chosen_device = choose_device(device)
-    return Loaded(model.to(chosen_device).eval(), config, spec, state["class_names"], state["step"], chosen_device)
+    model = model.to(chosen_device).eval()
+    return Loaded(model, config, spec, state["class_names"], state["step"], chosen_device, num_seen)
 
 
 def evaluate_checkpoint(
@@ -87,12 +93,17 @@ def evaluate_checkpoint(
     say = Progress(0, "", stream=stream).say
     bad_data = BadDataLog(config.on_bad_data, say)
     source = open_source(config, bad_data, loaded.class_names)
-    if source.class_names != loaded.class_names:
-        usage_fail("--num-classes", f"{len(loaded.class_names)} as in the checkpoint", len(source.class_names))
     dataset = source.dataset(split, loaded.image_spec)
-    loader = evaluation_loader(dataset, len(loaded.class_names), config.batch_size, workers=config.workers)
+    scores: MultiLabelMetrics | ZeroShotMetrics
+    if config.task == "zero-shot" and split == "test":  # the other splits know no unseen class
+        scores = ZeroShotMetrics(loaded.num_seen, len(loaded.class_names), device=loaded.device)
+    else:
+        scores = MultiLabelMetrics(loaded.num_seen, device=loaded.device)
+        if config.task == "zero-shot":
+            loaded.model.head.use("train")  # type: ignore[operator]
+    loader = evaluation_loader(dataset, scores.num_classes, config.batch_size, workers=config.workers)
     progress = Progress(len(loader), f"evaluating {split}", unit_size=config.batch_size, stream=stream)
-    metrics = evaluate(loaded.model, loader, config, len(loaded.class_names), loaded.device, bad_data, progress)
+    metrics = evaluate(loaded.model, loader, config, scores, loaded.device, bad_data, progress)
     progress.close()
     if summary := bad_data.summary():
         say(summary)

@@ -8,8 +8,9 @@ from torch import Tensor
 from mlhead._check import fail
 from mlhead._sparse_metrics import TopKMetrics, propensities
 from mlhead._usage import require
+from mlhead._zero_shot_metrics import ZeroShotMetrics
 
-__all__ = ["NAMES", "MultiLabelMetrics", "TopKMetrics", "propensities"]
+__all__ = ["NAMES", "MultiLabelMetrics", "TopKMetrics", "ZeroShotMetrics", "propensities"]
 
 # The order in which tables and logs show them.
 _AT_THRESHOLD = ("CP", "CR", "CF1", "OP", "OR", "OF1")

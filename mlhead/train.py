@@ -20,6 +20,7 @@ from mlhead.data.loading import Batch, evaluation_loader, training_loader
 from mlhead.data.reporting import BadDataLog
 from mlhead.data.sources import ImageSpec, open_source
 from mlhead.evaluation import autocast, choose_device, evaluate, to_device
+from mlhead.metrics import MultiLabelMetrics
 
 # What a resumed run may change; everything else would make it another run.
 CHANGEABLE = ("device", "workers", "log_every", "checkpoint_every")
@@ -52,11 +53,18 @@ class Trainer:
         checkpoints.seed_everything(config.seed)
         self.bad_data = BadDataLog(config.on_bad_data, self._say, self.out / "bad_data.txt")
         self.source = open_source(config, self.bad_data, resume["class_names"] if resume else None)
-        self.num_classes = len(self.source.class_names)
+        self.num_classes = self.source.num_seen
 
-        frequencies = self.source.frequencies()
+        vectors = self.source.word_vectors
+        if vectors is not None:  # a checkpoint's reader knows it from the options
+            config.head_opt = {**config.head_opt, "word_dim": vectors.shape[1]}
         model = building.build_model(
-            config, self.num_classes, self.source.channels, frequencies, load_weights=resume is None
+            config,
+            self.num_classes,
+            self.source.channels,
+            self.source.frequencies(),
+            word_vectors=vectors,
+            load_weights=resume is None,
         )
         self.spec = ImageSpec(**resume["image_spec"]) if resume else self.source.image_spec(model.backbone)
         self.train_set = self.source.dataset("train", self.spec)
@@ -105,6 +113,7 @@ class Trainer:
             "step": self.step,
             "config": dataclasses.asdict(self.config),
             "class_names": self.source.class_names,
+            "num_seen": self.num_classes,
             "image_spec": self.spec.to_dict(),
             "model": self.model.state_dict(),
             "ema": self.ema.module.state_dict() if self.ema is not None else None,
@@ -229,7 +238,8 @@ class Trainer:
         config = self.config
         loader = evaluation_loader(self.val_set, self.num_classes, config.batch_size, workers=config.workers)
         model = self.ema.module if self.ema is not None else self.model
-        self.metrics = evaluate(model, loader, config, self.num_classes, self.device, self.bad_data)
+        metrics = MultiLabelMetrics(self.num_classes, device=self.device)
+        self.metrics = evaluate(model, loader, config, metrics, self.device, self.bad_data)
         self.metrics["step"] = self.step
         values = {name: value for name, value in self.metrics.items() if name != "step"}
         epoch = round(self.step / self.steps_per_epoch, 4)

@@ -95,6 +95,8 @@ class Scenes(Dataset[Sample]):
         length: scenes in an epoch.
         size: height and width in pixels; by default 24, 40, 48 or 64 by the number of classes.
         max_numbers: a scene holds 1 to `max_numbers` numbers, each count as likely as another.
+        numbers: the number that each class stands for, a permutation of 0 to num_classes - 1; by default in order.
+        known: only the first so many classes occur; by default all.
         long_tail: whether numbers are as unlike in frequency as the labels of large sets: the one of rank r comes up in
             proportion to 1 / (r + 10). Ranks are shuffled, the same way for all splits and seeds.
         seed: any whole number.
@@ -113,6 +115,8 @@ class Scenes(Dataset[Sample]):
         length: int = 20_000,
         size: int | None = None,
         max_numbers: int = 4,
+        numbers: Sequence[int] | NDArray[np.int64] | None = None,
+        known: int | None = None,
         long_tail: bool = False,
         seed: int = 0,
     ) -> None:
@@ -133,8 +137,16 @@ class Scenes(Dataset[Sample]):
         if not 1 <= max_numbers <= self._rows * self._columns:
             room = f"between 1 and {self._rows * self._columns}, the room in {self.size}x{self.size} pixels"
             usage_fail("max_numbers", f"{room} for numbers of {self.num_digits} digits", max_numbers)
+        self.numbers = np.arange(num_classes) if numbers is None else np.asarray(numbers, np.int64)
+        if not np.array_equal(np.sort(self.numbers), np.arange(num_classes)):
+            usage_fail("numbers", f"a permutation of 0 to {num_classes - 1}", f"{len(self.numbers)} others")
+        self.known = num_classes if known is None else known
+        if not 1 <= self.known <= num_classes:
+            usage_fail("known", f"in [1, {num_classes}]", known)
         self.frequency = _long_tail(num_classes) if long_tail else None
-        self.class_names = [f"{label:0{self.num_digits}d}" for label in range(num_classes)]
+        if self.frequency is not None and self.known < num_classes:
+            usage_fail("--long-tail", "off where some numbers do not occur", True)
+        self.class_names = [f"{number:0{self.num_digits}d}" for number in self.numbers]
         self._key = stream_key(seed, SPLITS.index(split), num_classes, self.size, max_numbers)
         self._pools = scans_of_split(split)
 
@@ -147,11 +159,11 @@ class Scenes(Dataset[Sample]):
         N, K = self.max_numbers, self.num_digits
         shown = np.arange(N)[None, :] <= draws.integers(N, 1)
         if self.frequency is None:
-            labels = draws.integers(self.num_classes, N)
+            labels = draws.integers(self.known, N)
         else:
             labels = np.searchsorted(np.cumsum(self.frequency), draws.uniform(N), side="right")
             labels = np.minimum(labels, self.num_classes - 1)
-        digits = (labels[..., None] // 10 ** np.arange(K - 1, -1, -1)) % 10
+        digits = (self.numbers[labels][..., None] // 10 ** np.arange(K - 1, -1, -1)) % 10
         sizes = np.array([len(pool) for pool in self._pools])
         offsets = np.concatenate([[0], np.cumsum(sizes)[:-1]])
         scans = np.concatenate(self._pools)[offsets[digits] + draws.integers(sizes[digits], N, K)]
@@ -178,6 +190,12 @@ class Scenes(Dataset[Sample]):
         canvas = np.zeros(B * self.size * self.size, np.uint8)
         canvas[pixels[plan.shown]] = inked[plan.shown]
         return canvas.reshape(B, self.size, self.size)
+
+    def digit_vectors(self) -> NDArray[np.float32]:
+        """What each class's number is made of (C, 10 K): for each of its K digits ten places, a 1 at the digit."""
+        K = self.num_digits
+        digits = (self.numbers[:, None] // 10 ** np.arange(K - 1, -1, -1)) % 10
+        return np.eye(10, dtype=np.float32)[digits].reshape(self.num_classes, 10 * K)
 
     def boxes(self, serial: int) -> list[Box]:
         """Where each number of a scene stands; the truth against which attention can be checked."""
