@@ -11,13 +11,16 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/.ready
 endif
 
-.PHONY: demo demo-million test test-all lint format bench gpu-check extension clean
+.PHONY: demo demo-million demo-zsl test test-all lint format bench gpu-check extension clean
 
 demo: $(ENVIRONMENT) extension
 	$(PY) -m mlhead demo --out runs/demo
 
 demo-million: $(ENVIRONMENT) extension
 	$(PY) -m mlhead demo-million --out runs/demo-million
+
+demo-zsl: $(ENVIRONMENT) extension
+	$(PY) -m mlhead demo-zsl --out runs/demo-zsl
 
 test: $(ENVIRONMENT) extension
 	$(PY) -m pytest -n 2 --dist loadfile --no-loadscope-reorder

@@ -127,6 +127,12 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--steps", type=_number(int), default=None, help="steps for each head, in place of the demo's own")
     sub.add_argument("--seed", type=_number(int), default=0, help="(default: 0)")
 
+    sub = add("demo-zsl", "Train heads of word vectors, and find numbers that no training scene shows, in minutes.")
+    sub.add_argument("--out", default="runs/demo-zsl", help="folder for table and pictures (default: runs/demo-zsl)")
+    sub.add_argument("--steps", type=_number(int), default=None, help="of each run, in place of the demo's own")
+    sub.add_argument("--seeds", type=_number(int), default=None, help="how many, in place of the demo's own")
+    sub.add_argument("--jobs", type=_number(int), default=None, help="runs at a time (default: one for each core)")
+
     sub = add("demo-million", "Train a head of a million classes on the CPU, with the loss in the head, in minutes.")
     sub.add_argument("--out", default="runs/demo-million", help="folder for the table (default: runs/demo-million)")
     sub.add_argument("--classes", type=_number(int), default=1_000_000, help="(default: 1000000)")
@@ -152,6 +158,15 @@ def _train(arguments: argparse.Namespace) -> int:
         summary = training.train(TrainConfig(**{**saved, **given}), overwrite=arguments.overwrite)
     best = summary.best
     print(f"best mAP {best['mAP']:.4f} at step {best['step']} of {summary.steps}: {summary.out / 'best.pt'}")
+    if summary.zero_shot:
+        from mlhead import inference
+
+        # Validation images show seen classes only, so the best checkpoint was chosen without any unseen one.
+        found = inference.evaluate_checkpoint(summary.out / "best.pt")
+        print("on the test images, of unseen classes (ZSL) and of all (GZSL):")
+        for which in ("ZSL", "GZSL"):
+            shown = (f"{name} {found[f'{which}_{name}']:.4f}" for name in ("mAP", "F1@3", "F1@5"))
+            print(f"  {which:4}  {'  '.join(shown)}")
     return 0
 
 
@@ -236,6 +251,13 @@ def _demo(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _demo_zsl(arguments: argparse.Namespace) -> int:
+    from mlhead import demo_zero_shot
+
+    demo_zero_shot.run(Path(arguments.out), steps=arguments.steps, seeds=arguments.seeds, jobs=arguments.jobs)
+    return 0
+
+
 def _demo_million(arguments: argparse.Namespace) -> int:
     from mlhead import million
 
@@ -258,6 +280,7 @@ _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "scenes": _scenes,
     "demo": _demo,
     "demo-million": _demo_million,
+    "demo-zsl": _demo_zsl,
     "info": _info,
 }
 

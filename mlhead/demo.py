@@ -25,6 +25,7 @@ from mlhead.checkpoints import write_atomically
 from mlhead.data.scenes import Scenes
 
 PRETRAIN_STEPS, STEPS = 200, 800
+MOST_NAMES = 5  # above a picture
 VAL_SCENES, TEST_SCENES, POINTING_SCENES, PICTURES = 500, 2_000, 500, 3
 
 
@@ -201,10 +202,22 @@ def best_of_many(loaded: inference.Loaded, scenes: int) -> tuple[float, float, f
     return precision / scenes, found / labels, constant_precision / scenes, constant_found / labels
 
 
+def scenes_of(loaded: inference.Loaded) -> Scenes:
+    """Test scenes of a model's classes, in its order of them."""
+    numbers = [int(name) for name in loaded.class_names]
+    return Scenes("test", num_classes=len(numbers), numbers=numbers, seed=loaded.config.seed)
+
+
 @torch.no_grad()
-def pointing_accuracy(loaded: inference.Loaded, scenes: int) -> float:
-    """The share of numbers in test scenes for which the position that their class attends to most lies on them."""
-    data = Scenes("test", num_classes=len(loaded.class_names), seed=loaded.config.seed)
+def pointing_accuracy(loaded: inference.Loaded, scenes: int, first: int = 0) -> float:
+    """The share of numbers in test scenes for which the position that their class attends to most lies on them.
+
+    Args:
+        loaded: the model.
+        scenes: how many.
+        first: the first class that counts.
+    """
+    data = scenes_of(loaded)
     hits, total = 0, 0
     for start in range(0, scenes, 50):
         serials = range(start, min(start + 50, scenes))
@@ -213,7 +226,9 @@ def pointing_accuracy(loaded: inference.Loaded, scenes: int) -> float:
         scale = images.shape[-1] // features.shape[-1]
         for number, serial in enumerate(serials):
             boxes = data.boxes(serial)
-            labels = sorted({box.label for box in boxes})
+            labels = sorted({box.label for box in boxes if box.label >= first})
+            if not labels:
+                continue
             maps = loaded.model.head.attention_maps(features[number : number + 1], labels)[0]  # type: ignore[operator]
             for label, place in zip(labels, maps.argmax(dim=1).tolist(), strict=True):
                 # The middle of the position, in pixels.
@@ -232,16 +247,7 @@ def table(results: list[Result]) -> str:
         backends = ", ".join(f"{op}: {backend}" for op, backend in sorted(r.backends.items())) or "(no op of mlhead)"
         scores = [f"{value:.3f}" for value in (r.metrics["mAP"], r.metrics["CF1"], r.metrics["OF1"], r.pointing)]
         rows.append((CONTESTANTS[r.head].title, *scores, f"{r.images_per_s:.0f}", f"{r.parameters:,}", backends))
-    widths = [max(len(row[i]) for row in rows) for i in range(len(heading))]
-
-    def line(row: tuple[str, ...]) -> str:
-        first, *middle, last = (
-            cell.ljust(w) if i in (0, len(heading) - 1) else cell.rjust(w)
-            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        return "  ".join([first, *middle, last]).rstrip()
-
-    return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:])])
+    return visualize.text_table(rows)
 
 
 def many_line(many: ManyResult) -> str:
@@ -282,7 +288,7 @@ def draw(out: Path, seed: int = 0) -> None:
     scenes = Scenes("test", num_classes=100, seed=seed)
     chosen = [s for s in range(200) if len({box.label for box in scenes.boxes(s)}) >= 3][:PICTURES]
     for number, serial in enumerate(chosen, start=1):
-        rows = [_attention_row(loaded, scenes, serial) for loaded in models.values()]
+        rows = [attention_row(loaded, scenes, serial) for loaded in models.values()]
         names = [c.title for c in CONTESTANTS.values()]
         path = out / f"attention-{number}.png"
         title = f"Test scene {serial}: where each class looks, its probability, and in white where its number stands"
@@ -290,8 +296,8 @@ def draw(out: Path, seed: int = 0) -> None:
 
 
 @torch.no_grad()
-def _attention_row(loaded: inference.Loaded, scenes: Scenes, serial: int) -> list[visualize.Panel | None]:
-    """The scene with what the head says is in it, then the attention of each number that is."""
+def attention_row(loaded: inference.Loaded, scenes: Scenes, serial: int) -> list[visualize.Panel | None]:
+    """The scene with what the head says is in it, then the attention of each number in it; unseen ones have a star."""
     image = scenes[serial].image
     features = loaded.model.forward_features(image.unsqueeze(0))
     scores = loaded.model.head(features)[0].sigmoid()
@@ -299,13 +305,15 @@ def _attention_row(loaded: inference.Loaded, scenes: Scenes, serial: int) -> lis
     labels = list(boxes)
     picture = scenes.to_picture(image)
     found = np.flatnonzero(scores.numpy() >= 0.5).tolist()
-    names = [loaded.class_names[label] for label in found]
+    shown = [f"{name}{'*' if c >= loaded.num_seen else ''}" for c, name in enumerate(loaded.class_names)]
+    names = [shown[label] for label in found[:MOST_NAMES]]
+    names += [f"+{len(found) - MOST_NAMES}"] * (len(found) > MOST_NAMES)
     panels: list[visualize.Panel | None] = [
         visualize.Panel(picture, f"says {' '.join(names) or 'nothing'}", good=set(found) == set(labels))
     ]
     maps = loaded.model.head.attention_maps(features, labels)[0]  # type: ignore[operator]
     for label, heat in zip(labels, visualize.heat_maps(maps, features, *picture.shape[:2]), strict=True):
         score = scores[label].item()
-        title = f"{loaded.class_names[label]}  {score:.2f}"
+        title = f"{shown[label]}  {score:.2f}"
         panels.append(visualize.Panel(picture, title, heat, [boxes[label]], good=score >= 0.5))
     return panels

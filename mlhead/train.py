@@ -27,13 +27,14 @@ CHANGEABLE = ("device", "workers", "log_every", "checkpoint_every")
 
 
 class Summary(NamedTuple):
-    """How a run ended: its folder, steps, the last and the best validation metrics, images per second of training."""
+    """How a run ended: folder, steps, last and best validation metrics, images per second of training, its task."""
 
     out: Path
     steps: int
     metrics: dict[str, float]
     best: dict[str, float]
     images_per_s: float
+    zero_shot: bool = False
 
 
 class Trainer:
@@ -178,7 +179,7 @@ class Trainer:
         self.progress.close()
         if summary := self.bad_data.summary():
             self._say(summary)
-        return Summary(self.out, self.step, self.metrics, self.best, rate)
+        return Summary(self.out, self.step, self.metrics, self.best, rate, config.task == "zero-shot")
 
     def _one_step(self, batches: list[Batch]) -> Tensor | None:
         """One update from the gradients of some batches; returns the gradient's norm where it is clipped."""

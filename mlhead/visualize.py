@@ -119,7 +119,7 @@ def panel_grid(
 ) -> None:
     """Saves rows of panels as one PNG; None leaves a place empty."""
     columns = max(len(row) for row in rows)
-    left = 1.1 if row_names else 0.1
+    left = 0.2 + 0.085 * max(map(len, row_names)) if row_names else 0.1
     top = 0.45 if title else 0.1
     # Every row as high as its pictures, so that wide ones stand as close as square ones.
     shapes = [[panel.picture.shape for panel in row if panel is not None] for row in rows]
@@ -140,6 +140,53 @@ def panel_grid(
             _draw(axes, panel)
             if j == 0 and row_names:
                 axes.text(-0.07, 0.5, row_names[i], transform=axes.transAxes, ha="right", va="center", fontsize=10)
+    _save(figure, path)
+
+
+def text_table(rows: Sequence[Sequence[str]]) -> str:
+    """A heading and rows as text: the first and the last column to the left, the others to the right."""
+    count = len(rows[0])
+    widths = [max(len(row[i]) for row in rows) for i in range(count)]
+
+    def line(row: Sequence[str]) -> str:
+        cells = (
+            cell.ljust(w) if i in (0, count - 1) else cell.rjust(w)
+            for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        )
+        return "  ".join(cells).rstrip()
+
+    return "\n".join([line(rows[0]), "-" * len(line(rows[0])), *map(line, rows[1:])])
+
+
+def bars(panels: Mapping[str, Mapping[str, Sequence[float]]], path: Path, *, title: str = "") -> None:
+    """Saves one panel of horizontal bars for each measure: the mean of each row's values, which stand on it as dots.
+
+    Args:
+        panels: measure -> row -> its values; all panels have the same rows.
+        path: of the PNG.
+        title: above the panels.
+    """
+    rows = list(next(iter(panels.values())))
+    figure = _figure(2.2 + 2.6 * len(panels), 0.9 + 0.34 * len(rows))
+    axes_of = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (measure, values) in zip(axes_of, panels.items(), strict=True):
+        means = [sum(values[row]) / len(values[row]) for row in rows]
+        colours = [COLOURS[0] if i == 0 else COLOURS[2] for i in range(len(rows))]
+        axes.barh(range(len(rows)), means, color=colours, height=0.62)
+        most = max(max(values[row]) for row in rows)
+        for i, row in enumerate(rows):
+            axes.plot(values[row], [i] * len(values[row]), "o", color=INK, markersize=2.6)
+            axes.text(max(values[row]) + 0.03 * most, i, f"{means[i]:.3f}", va="center", fontsize=8, color=INK)
+        axes.set_title(measure, fontsize=10, loc="left")
+        axes.set_xlim(0, 1.28 * most)
+        axes.set_yticks(range(len(rows)), rows, fontsize=9)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.tick_params(axis="y", length=0)
+        axes.spines[["top", "right", "left"]].set_visible(False)
+    axes_of[0].invert_yaxis()
+    if title:
+        figure.suptitle(title, fontsize=11, x=0.02, ha="left", color=INK)
+    figure.tight_layout(rect=(0, 0, 1, 0.97))
     _save(figure, path)
 
 

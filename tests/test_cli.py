@@ -123,7 +123,10 @@ def test_info_prints_the_report(capsys):
         (["train", "--hed", "gap"], "--hed must be an option or argument of mlhead train (did you mean '--head'"),
         (["train", "--lr", "fast"], "argument --lr: must be a number, got 'fast'"),
         (["train", "--steps", "1.5"], "argument --steps: must be a whole number, got '1.5'"),
-        (["train", "--head", "gup"], "--head must be one of gap, csra, ml_decoder, transformer_decoder, got 'gup'"),
+        (
+            ["train", "--head", "gup"],
+            "--head must be one of gap, csra, ml_decoder, transformer_decoder, zero_shot, got 'gup'",
+        ),
         (["train", "--head-opt", "groups"], "--head-opt must be name=value, got 'groups'"),
         (["train", "--config", "/no/such.yaml"], "--config must be an existing YAML or JSON file, got /no/such.yaml"),
         (["train", "--resume", "/no/such/run"], "checkpoint must be an existing file, got /no/such/run"),

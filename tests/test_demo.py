@@ -86,7 +86,7 @@ class Knower(torch.nn.Module):
 def test_best_of_many_counts_the_numbers(only_first):
     names = Scenes("test", num_classes=10_000, size=40).class_names
     spec = ImageSpec(1, 40, 40, [0.0], [1.0])
-    loaded = inference.Loaded(Knower(only_first), demo.TrainConfig(), spec, names, 0, torch.device("cpu"))
+    loaded = inference.Loaded(Knower(only_first), demo.TrainConfig(), spec, names, 0, torch.device("cpu"), len(names))
     precision, recall, constant, constant_recall = demo.best_of_many(loaded, 70)
     assert precision == 1.0
     assert (recall == 1.0) != only_first
@@ -101,7 +101,8 @@ def test_pointing_accuracy_counts_what_lies_on_the_number():
     config = demo.TrainConfig()
 
     def measure(place):
-        return demo.pointing_accuracy(inference.Loaded(Looker(place), config, None, names, 0, torch.device("cpu")), 1)
+        loaded = inference.Loaded(Looker(place), config, None, names, 0, torch.device("cpu"), len(names))
+        return demo.pointing_accuracy(loaded, 1)
 
     (first, *rest) = scenes.boxes(0)
     inside = (first.top + 4) // 4 * 10 + (first.left + 8) // 4

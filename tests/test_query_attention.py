@@ -49,8 +49,9 @@ def test_extremes(dims: tuple[int, ...]) -> None:
 @pytest.mark.parametrize("limit", ["default", "avx2"])
 def test_every_instruction_set(limit: str) -> None:
     """ATEN_CPU_CAPABILITY lowers what runs; each is held to the same bound."""
-    code = "from tests.test_query_attention import *\nfor d in DTYPES: test_many_blocks(d, False)"
-    variables = {**os.environ, "ATEN_CPU_CAPABILITY": limit}
+    code = "from test_query_attention import *\nfor d in DTYPES: test_many_blocks(d, False)"
+    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    variables = {**os.environ, "ATEN_CPU_CAPABILITY": limit, "PYTHONPATH": path}
     called = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=variables, capture_output=True, text=True)
     assert called.returncode == 0, called.stderr
 

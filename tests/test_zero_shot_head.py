@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -469,3 +470,12 @@ def test_mistakes_are_named() -> None:
         head(torch.randn(2, 5, D), word_vectors=[[1.0] * W])
     with pytest.raises(TypeError, match="word_vectors must be"):
         head(torch.randn(2, 5, D), word_vectors=torch.zeros(3, W, dtype=torch.int64))
+
+
+def test_the_page_runs() -> None:
+    """The first Python of docs/zero_shot.md."""
+    page = (Path(__file__).parent.parent / "docs/zero_shot.md").read_text()
+    names: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], names)
+    assert names["logits"].shape == (2, 1006)
+    assert names["classes"].shape == (2, 5)
