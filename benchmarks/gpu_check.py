@@ -31,6 +31,11 @@ from .records import op_rows
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LARGEST_LOG = 4 << 20
+# Benchmarks with a results file of their own: what they are, their share of the time left, their options.
+OTHERS: dict[str, tuple[str, float, tuple[str, ...]]] = {
+    "overhead": ("host overhead", 0.1, ("--compile", "none")),
+    "end_to_end": ("end to end", 0.15, ("--backbone", "resnet50", "vit_base_patch16_224", "--seconds-each", "0.5")),
+}
 
 
 @dataclass
@@ -184,6 +189,13 @@ def head_part(out: Path, until: float, dry: bool) -> Part:
     return Part("benchmark of the whole head", command, out / "head.log", until, {}, stoppable=True)
 
 
+def command_part(name: str, module: str, out: Path, until: float, dry: bool, *options: str) -> Part:
+    """Another benchmark, whose rows go to a file of its own."""
+    command = [sys.executable, "-m", f"benchmarks.{module}"]
+    command += ["--help"] if dry else ["--device", "cuda", "--out", str(out / f"{module}.jsonl"), *options]
+    return Part(name, command, out / f"{module}.log", until, {}, stoppable=True)
+
+
 def gather_logs(out: Path) -> None:
     """The sanitizers' logs as one file, and no log larger than it has to be."""
     logs = sorted(out.glob("sanitizer-*.log"))
@@ -241,8 +253,8 @@ def main(arguments: list[str] | None = None) -> int:
     for name in (
         "report.txt",
         "results.jsonl",
-        "head.jsonl",
-        *(f"{log}.log" for log in ("machine", "build", "pytest", "benchmark", "head")),
+        *(f"{rows}.jsonl" for rows in ("head", *OTHERS)),
+        *(f"{log}.log" for log in ("machine", "build", "pytest", "benchmark", "head", *OTHERS)),
     ):
         (out / name).unlink(missing_ok=True)
     for log in out.glob("sanitizer*.log"):
@@ -268,6 +280,9 @@ def main(arguments: list[str] | None = None) -> int:
         if "benchmarks" not in options.skip:
             # Torch.compile takes minutes for all five workloads: a quarter of what is left, the most important first.
             run(head_part(out, time.monotonic() + 0.25 * (end - time.monotonic()), dry))
+            for module, (name, share, settings) in OTHERS.items():
+                until = time.monotonic() + share * (end - time.monotonic())
+                run(command_part(name, module, out, until, dry, *settings))
             run(*benchmark_parts(out, end - 5, dry))
             if not dry and end - time.monotonic() > 60:
                 run(compiled_part(out, end - 5))

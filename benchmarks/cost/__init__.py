@@ -1,0 +1,1 @@
+"""The cost model of the Triton kernels, for `benchmarks.model` and `benchmarks.tune`."""
