@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from mlhead._usage import UsageError
-from mlhead.data import word_vectors
+from mlhead.data import _word_files
 from mlhead.data.word_vectors import load_word_vectors, text_encoder
 
 WORDS = {
@@ -221,7 +221,7 @@ def test_other_array_files_that_do_not_fit(tmp_path):
     with pytest.raises(UsageError, match=r"one array .*a dictionary of 'a', 'b'"):
         load_word_vectors(tmp_path / "a.safetensors", ["a", "b"])
     with pytest.raises(UsageError, match=r"an array .*which holds words"):
-        word_vectors.read_array(write(tmp_path, text(WORDS)))
+        _word_files.read_array(write(tmp_path, text(WORDS)))
 
 
 @pytest.mark.parametrize("suffix", [".npy", ".pth", ".safetensors"])
@@ -359,7 +359,7 @@ def test_every_truncation_is_found(tmp_path, monkeypatch):
     words = {f"w{i}": rng.normal(size=3).astype(np.float32).tolist() for i in range(10)}
     path = tmp_path / "cut"
     for chunk in (7, 2**22):  # records across the borders of what is read at a time
-        monkeypatch.setattr(word_vectors, "_CHUNK", chunk)
+        monkeypatch.setattr(_word_files, "_CHUNK", chunk)
         for newline in (False, True):
             whole = binary(words, newline=newline)
             path.write_bytes(whole)

@@ -19,10 +19,11 @@ from torch.utils.data import Dataset
 
 from mlhead._usage import UsageError, closest, usage_fail
 from mlhead.data import folder
+from mlhead.data._word_files import is_array_file, orient, read_array
 from mlhead.data.loading import BadSample, Sample
 from mlhead.data.reporting import BadDataLog
 from mlhead.data.sources import ImageSpec, backbone_image_spec, label_frequencies, training_transform
-from mlhead.data.word_vectors import is_array_file, load_word_vectors, orient, read_array
+from mlhead.data.word_vectors import load_word_vectors
 
 TABLE, CLASSES, VECTORS = "data.csv", "benchmark_81_v0.json", "wordvec_array.pth"
 SPLITS = ("train", "val", "test", "zsl")
