@@ -254,6 +254,7 @@ def survey(target: str, names: list[str], full: bool = False) -> list[Row]:
             "warps": kernel.metadata.num_warps,
             "stages": kernel.metadata.num_stages,
             "widest": widest,
+            "tensor_memory": getattr(kernel.metadata, "tmem_size", 0),
             **binary.as_row(),
             "problems": problems(binary, target, widest),
         }
