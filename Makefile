@@ -11,7 +11,7 @@ ifeq ($(PY),$(VENV)/bin/python)
 ENVIRONMENT := $(VENV)/.ready
 endif
 
-.PHONY: demo demo-million demo-zsl test test-all lint format bench performance gpu-check extension clean
+.PHONY: demo demo-million demo-zsl test test-all lint format bench audit performance gpu-check extension clean
 
 demo: $(ENVIRONMENT) extension
 	$(PY) -m mlhead demo --out runs/demo
@@ -42,6 +42,10 @@ format: $(ENVIRONMENT)
 
 bench: $(ENVIRONMENT) extension
 	$(PY) -m benchmarks.run
+
+# docs/static_audit.md, without a GPU: nvcc and a quarter of an hour on 2 cores.
+audit: $(ENVIRONMENT)
+	$(PY) -m benchmarks.audit
 
 # docs/performance.md and its pictures, from the rows under benchmarks/results/.
 performance: $(ENVIRONMENT)
