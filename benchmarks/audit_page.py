@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 
-from .cost.devices import DEVICES, MOST_WARPS, REGISTERS, Resources, occupancy
+from .cost.devices import DEVICES, MOST_WARPS, Resources, occupancy
 from .records import Row
 
 COMMAND = "python -m benchmarks.audit"
 TARGETS = tuple(DEVICES)
 LAYOUTS = ("transposed", "offset", "expanded")
 TENSOR_MEMORY = 512  # columns of a multiprocessor
-PARTITIONS = 4  # of a multiprocessor; a warp's registers are in one
 
 INTRODUCTION = f"""\
 <!-- Written by `{COMMAND}`. Do not edit. -->
@@ -41,12 +40,7 @@ that does not fit, a missing matrix instruction. `tests/test_aot.py` and, where 
 
 def resident(row: Row) -> int:
     """Programs that a multiprocessor of the row's target holds at once, 0 where one does not fit."""
-    warps = row["warps"]
-    shared = -(-row["shared"] // 128) * 128
-    held = occupancy(Resources(row["registers"], shared), warps, DEVICES[row["target"]])
-    # Where the model counts registers of the whole multiprocessor, the CUDA calculator counts those of each quarter.
-    of_warp = 32 * max(16, -(-row["registers"] // 8) * 8)
-    held = min(held, REGISTERS // PARTITIONS // of_warp * PARTITIONS // warps)
+    held = occupancy(Resources(row["registers"], row["shared"]), row["warps"], DEVICES[row["target"]])
     return min(held, TENSOR_MEMORY // row["tensor_memory"]) if row.get("tensor_memory") else held
 
 

@@ -80,6 +80,7 @@ class Assumed:
 
 ASSUMED = Assumed()
 REGISTERS = 65_536  # of a multiprocessor
+PARTITIONS = 4  # of a multiprocessor; a warp's registers are in one
 MOST_WARPS, MOST_PROGRAMS = 64, 32  # that it holds
 
 
@@ -154,13 +155,15 @@ class Time:
 def occupancy(resources: Resources, warps: int, device: Device) -> int:
     """Programs that a multiprocessor holds at once, 0 where not even one fits.
 
-    min(65536 / (32 warps registers), shared memory / (shared + 1 KB), 64 / warps, 32); registers come in eights.
+    min(65536 / (32 warps registers), shared memory / (shared + 1 KB), 64 / warps, 32); registers come in eights, whole
+    warps of them in each quarter of the multiprocessor, and shared memory in 128 bytes.
     """
     if resources.registers > 255 or resources.shared > device.program_bytes:
         return 0
     registers = max(16, -(-resources.registers // 8) * 8)
-    by_shared = device.shared_bytes // (resources.shared + 1024)
-    return min(REGISTERS // (32 * warps * registers), by_shared, MOST_WARPS // warps, MOST_PROGRAMS)
+    by_registers = REGISTERS // PARTITIONS // (32 * registers) * PARTITIONS // warps
+    by_shared = device.shared_bytes // (-(-resources.shared // 128) * 128 + 1024)
+    return min(by_registers, by_shared, MOST_WARPS // warps, MOST_PROGRAMS)
 
 
 def wave(work: Work, programs: int, resident: int, device: Device) -> tuple[float, str]:
