@@ -32,11 +32,11 @@ def with_products() -> set[str]:
     return {body.split("(")[0] for body in bodies if "tl.dot(" in body}
 
 
-def check_rows(rows: list[dict]) -> None:
+def check_rows(rows: list[dict], targets: set[str]) -> None:
     products = with_products()
     assert {"group_fc_forward_kernel", "csra_fused_forward_kernel"} <= products
     assert {row["op"] for row in rows} == set(aot.names_with_kernels())
-    assert {row["target"] for row in rows} >= {"sm_80", "sm_90", "sm_100"}
+    assert {row["target"] for row in rows} == targets
     for row in rows:
         # The command already judged the rows; these are the promises themselves.
         assert row["problems"] == []
@@ -44,7 +44,8 @@ def check_rows(rows: list[dict]) -> None:
             assert row["stack"] == row["local"] == row["spills"] == 0
         assert 0 < row["registers"] <= 255
         assert row["shared"] <= aot.TARGETS[row["target"]][2]
-    for target, names in {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "sm_100": {"UTCHMMA"}}.items():
+    expected = {"sm_80": {"HMMA"}, "sm_90": {"HGMMA"}, "sm_100": {"UTCHMMA"}}
+    for target, names in ((target, expected[target]) for target in expected.keys() & targets):
         for kernel in {row["kernel"] for row in rows} & products:
             found = {
                 name for row in rows if (row["target"], row["kernel"]) == (target, kernel) for name in row["matrix"]
@@ -68,12 +69,13 @@ def check_rows(rows: list[dict]) -> None:
 
 
 def test_every_kernel_compiles(tmp_path):
-    check_rows(survey(tmp_path, "--lean"))
+    """For one target; docs/static_audit.md has all of them, and tests/test_audit.py holds it to the sources."""
+    check_rows(survey(tmp_path, "--target", "sm_90"), {"sm_90"})
 
 
 @pytest.mark.slow
 def test_every_configuration_compiles(tmp_path):
-    check_rows(survey(tmp_path, "--full"))
+    check_rows(survey(tmp_path, "--full"), {"sm_80", "sm_89", "sm_90", "sm_100"})
 
 
 def binary(**changes) -> sass.Binary:

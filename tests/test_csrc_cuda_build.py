@@ -42,7 +42,11 @@ def _output(*command: str) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-@pytest.fixture(scope="module", params=["sm_80", "sm_90", "sm_100"])
+# The others are slow: docs/static_audit.md has them, and tests/test_audit.py holds it to the sources.
+@pytest.fixture(
+    scope="module",
+    params=["sm_90", *(pytest.param(name, marks=pytest.mark.slow) for name in ("sm_80", "sm_100"))],
+)
 def cubins(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp(request.param)
     built = {}

@@ -53,11 +53,8 @@ class Variant:
     all_needs: bool = True
 
 
-def variants(case: OpCase, full: bool, lean: bool = False) -> Iterator[Variant]:
-    """All variants of a case, or as many as stand for the rest: each workload, the dtypes, the layouts, ragged dims.
-
-    With `lean` the layouts and ragged dims are left out: every launch configuration of the workloads is still there.
-    """
+def variants(case: OpCase, full: bool) -> Iterator[Variant]:
+    """All variants of a case, or as many as stand for the rest: each workload, the dtypes, the layouts, ragged dims."""
     ragged = sorted(case.shapes, key=lambda dims: case.bytes(dims, 1)["forward"])
     layouts = ("transposed", "offset", "expanded")
     if full:
@@ -71,12 +68,10 @@ def variants(case: OpCase, full: bool, lean: bool = False) -> Iterator[Variant]:
     for name, dims in case.workloads.items():
         yield Variant(name, dims, "bf16", all_needs=name == largest)
     yield Variant(largest, case.workloads[largest], "fp32", all_needs=False)
-    yield Variant("model expanded", case.model, "tf32", "expanded", False)
-    if lean:
-        return
     # Element by element, the largest tiles need the most registers.
     yield Variant(f"{largest} offset", case.workloads[largest], "bf16", "offset", False)
     yield Variant(f"{largest} transposed", case.workloads[largest], "fp32", "transposed", False)
+    yield Variant("model expanded", case.model, "tf32", "expanded", False)
     for dims in (*ragged[-2:], *(d for d in ragged if d["B"] == 1)):  # an argument of 1 is a constant to Triton
         yield Variant(_name(dims), dims, "fp16", all_needs=False)
 
@@ -167,7 +162,7 @@ def _samples(case: OpCase, variant: Variant) -> Iterator[Sample]:
         yield replace(sample, options=options, tensors={**sample.tensors, **dict.fromkeys(optional)})
 
 
-def loss_launches(full: bool, lean: bool = False) -> Iterator[tuple[str, str, Callable[[], None]]]:
+def loss_launches(full: bool) -> Iterator[tuple[str, str, Callable[[], None]]]:
     """Name, dtype and call of the losses' launchers, which stand behind no op of their own.
 
     To be iterated over, and each called, under a FakeTensorMode.
@@ -208,7 +203,7 @@ def loss_launches(full: bool, lean: bool = False) -> Iterator[tuple[str, str, Ca
         "class 1": (1, 1, 1, 1, 1, 2),
         "groups of many": (100, 32, 2048, 2048, 10_000, 1_000_000),
     }
-    several = () if lean else ("a million",)  # without `full` it has every form, the others the usual one
+    several = ("a million",)  # without `full` it has every form, the others the usual one
     for name, place in places.items():
         for dtype in ("bf16", *(("fp32",) if full or name in several else ()), *(("fp16",) if full else ())):
             for loss in ("bce", "asl", "softmax"):
@@ -232,7 +227,7 @@ def problems(binary: Binary, target: str, widest: bool) -> list[str]:
     return found
 
 
-def survey(target: str, names: list[str], full: bool = False, lean: bool = False) -> list[Row]:
+def survey(target: str, names: list[str], full: bool = False) -> list[Row]:
     """One row for each different compilation of the kernels of the named cases for one target."""
     from .cases import CASES
 
@@ -267,12 +262,12 @@ def survey(target: str, names: list[str], full: bool = False, lean: bool = False
     for name in names:
         if name == LOSS:
             with FakeTensorMode(), compiling(target, report):
-                for at, dtype, launch in loss_launches(full, lean):
+                for at, dtype, launch in loss_launches(full):
                     current.update(op=name, at=at, dtype=dtype)
                     launch()
             continue
         case = CASES[name]
-        for variant in variants(case, full, lean):
+        for variant in variants(case, full):
             current.update(op=name, at=variant.name, dtype=variant.dtype)
             with (
                 _tf32(variant.dtype == "tf32"),
@@ -323,7 +318,6 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--op", action="append", choices=names_with_kernels(), help="default: all that have kernels")
     parser.add_argument("--full", action="store_true", help="all dtypes and layouts of all shapes")
-    parser.add_argument("--lean", action="store_true", help="no layouts and ragged sizes but for sm_90")
     parser.add_argument("--jobs", type=int, default=min(4, os.cpu_count() or 1), help="processes")
     parser.add_argument("--json", type=Path, help="file for the rows")
     options = parser.parse_args(arguments)
@@ -332,12 +326,11 @@ def main(arguments: list[str] | None = None) -> int:
     targets = options.target or [name for name in TARGETS if options.full or name not in STACK]
     names = options.op or names_with_kernels()
     tasks = [(target, name) for name in names for target in targets]
-    lean = {target: options.lean and target != "sm_90" for target in targets}
     if options.jobs == 1:
-        parts = [survey(target, [name], options.full, lean[target]) for target, name in tasks]
+        parts = [survey(target, [name], options.full) for target, name in tasks]
     else:
         with ProcessPoolExecutor(min(options.jobs, len(tasks)), mp_context=get_context("spawn")) as pool:
-            futures = [pool.submit(survey, target, [name], options.full, lean[target]) for target, name in tasks]
+            futures = [pool.submit(survey, target, [name], options.full) for target, name in tasks]
             parts = [future.result() for future in futures]
     rows = [row for part in parts for row in part]
     if options.json:
