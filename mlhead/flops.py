@@ -47,20 +47,20 @@ def _products_of_loss(loss: str, make: Sequence[bool]) -> int:
 
 
 def _group_fc_loss(h: Shape, weight: Shape, bias: Any, *rest: Any, **_: Any) -> int:
-    num_classes, loss, make = rest[6], rest[7], rest[15]
+    num_classes, loss, make = rest[6], rest[7], rest[16]
     return _products_of_loss(loss, make) * _group_fc(h, weight, bias, num_classes, "")
 
 
 def _group_fc_loss_backward(dout: Shape, h: Shape, weight: Shape, bias: Any, *rest: Any, **_: Any) -> int:
-    return _products_of_loss(rest[7], rest[16]) * _group_fc(h, weight, bias, rest[6], "")
+    return _products_of_loss(rest[7], rest[17]) * _group_fc(h, weight, bias, rest[6], "")
 
 
 def _csra_loss(x: Shape, weight: Shape, bias: Any, *rest: Any, **_: Any) -> int:
-    return _products_of_loss(rest[11], rest[19]) * _csra_pool(x, weight)
+    return _products_of_loss(rest[11], rest[20]) * _csra_pool(x, weight)
 
 
 def _csra_loss_backward(dout: Shape, x: Shape, weight: Shape, bias: Any, *rest: Any, **_: Any) -> int:
-    return _products_of_loss(rest[11], rest[20]) * _csra_pool(x, weight)
+    return _products_of_loss(rest[11], rest[21]) * _csra_pool(x, weight)
 
 
 def _group_fc_topk(h: Shape, weight: Shape, bias: Any, num_classes: int, *_: Any, **__: Any) -> int:

@@ -106,7 +106,7 @@ class Problem:
         self.arguments = LossArguments(
             targets=y.to(device), offsets=None if offsets is None else offsets.to(device),
             values=None if values is None else values.to(device), num_classes=C, loss=kind,
-            label_smoothing=0.0, reduction="sum", make=[True],
+            label_smoothing=0.0, reduction="sum", class_group="", make=[True],
             **made, **options,
         )._replace(**LOSSES[loss])  # fmt: skip
 

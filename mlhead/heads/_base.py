@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -38,6 +39,7 @@ class Head(nn.Module, ABC):
     in_features: int
     num_classes: int
     loss: nn.Module
+    _shards: Any = None  # `mlhead.parallel` sets it: the devices that share the classes
 
     def __init__(
         self, in_features: int, num_classes: int, prior: float | None = None, loss: nn.Module | None = None
@@ -103,6 +105,47 @@ class Head(nn.Module, ABC):
         """
         raise NotImplementedError
 
+    def topk(self, features: Tensor, k: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """The k best classes of each image; but for CSRA without the logits.
+
+        Args:
+            features: (B, D, H, W) or (B, L, D).
+            k: How many, in [1, C].
+            inputs: What else the head's forward takes beside features, as `key_mask`.
+
+        Returns:
+            Scores (B, k), largest first, and classes (B, k) int64; of equal scores the lower class comes first. They
+            carry no gradient.
+        """
+        where = type(self).__name__
+        _check.check_positive(where, "k", k)
+        if k > self.num_classes:
+            _check.fail(where, "k", f"in [1, C] = [1, {self.num_classes}]", k)
+        with torch.no_grad():
+            if self._shards is None:
+                return self._topk(features, k, **inputs)
+            return self._shards.topk(k, self._topk(features, min(k, self._shards.own), **inputs))
+
+    def _topk(self, features: Tensor, k: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+        """The k best of the classes that are here, counted from the first of them."""
+        raise NotImplementedError
+
+    def _finish(
+        self,
+        inputs: tuple[Any, ...],
+        logits: Callable[..., Tensor],
+        loss: Callable[..., Tensor],
+        targets: Any,
+        options: dict[str, Any],
+        shards: Any = None,
+    ) -> Tensor:
+        """The last layer: `logits(*inputs)`, or with targets `loss(*inputs, targets, **options)`, over all shards."""
+        if shards is None:
+            return logits(*inputs) if targets is None else loss(*inputs, targets, **options)
+        if targets is None:
+            return shards.logits(logits(*inputs))
+        return shards.loss(functools.partial(loss, *inputs), inputs[0], targets, options)
+
     @abstractmethod
     def _bias_and_gain(self) -> tuple[Tensor | None, float]:
         """The bias to set for a prior, of which the last axis is C, and what multiplies it in the logits."""
@@ -116,6 +159,7 @@ class Head(nn.Module, ABC):
             prior: One probability in (0, 1) for all classes, or (C,), for example each class's share of the images.
                 Values are clamped to [1e-6, 1 - 1e-6], so that a class never seen does not get an infinite bias.
         """
+        self._refuse_shards("set_prior")
         bias, gain = self._bias_and_gain()
         if bias is None:
             _check.fail(type(self).__name__, "bias", "True for a prior", False)
@@ -124,6 +168,10 @@ class Head(nn.Module, ABC):
             _check.check_shape(type(self).__name__, "prior", p, "(C,)", (self.num_classes,))
         logit = torch.logit(p.clamp(1e-6, 1 - 1e-6)) / gain
         bias.copy_(logit.to(bias.device, bias.dtype).expand_as(bias))
+
+    def _refuse_shards(self, method: str) -> None:
+        if self._shards is not None:
+            raise RuntimeError(f"{type(self).__name__}.{method} must be called before parallelize_head, not after it")
 
     def _start_bias(self) -> None:
         """The bias at the start: 0, or at the prior."""
@@ -195,6 +243,14 @@ def _autocasts(device_type: str) -> bool:
 def as_tokens(features: Tensor) -> Tensor:
     """Features as tokens (B, L, D); a view wherever the strides allow one."""
     return features if features.ndim == 3 else features.flatten(2).transpose(1, 2)
+
+
+def best_classes(op: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Any, ...], k: int) -> tuple[Tensor, Tensor]:
+    """`op(*inputs, k)`, also for k = 0, which a device without classes asks for."""
+    if k > 0:
+        return op(*inputs, k)
+    scores = inputs[0].new_empty(len(inputs[0]), 0)
+    return scores, scores.to(torch.int64)
 
 
 def check_rate(where: str, argument: str, value: float) -> float:

@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from ..ops import SparseTargets, group_fc, group_fc_loss
+from ..ops import SparseTargets, group_fc, group_fc_loss, group_fc_topk
 from ..ops._loss_options import Targets
-from ._base import Head, as_tokens, factory
+from ._base import Head, as_tokens, best_classes, factory
 from ._layer import DecoderLayer
 
 Queries = Literal["fixed", "learnable"] | Tensor
@@ -106,6 +106,7 @@ class DecoderHead(AttentionHead):
         self.duplicate_pooling_bias = nn.Parameter(like.new_empty(C))
 
     def _reset_last(self, num_classes: int, groups: int, queries: Queries | None) -> None:
+        self._refuse_shards("reset")
         _check.check_positive(type(self).__name__, "num_classes", num_classes)
         if queries is None and groups != self.groups:
             if self.queries == "given":
@@ -159,10 +160,22 @@ class DecoderHead(AttentionHead):
         h = self._layer(self.query_embed.weight, memory, key_mask)
         if pre_logits:
             return h
-        weight, bias, C = self.duplicate_pooling, self.duplicate_pooling_bias, self.num_classes
-        return (
-            group_fc(h, weight, bias, C) if targets is None else group_fc_loss(h, weight, bias, targets, C, **options)
-        )
+        return self._finish(self._group_fc(h), group_fc, group_fc_loss, targets, options, self._shards)
+
+    def _group_fc(self, h: Tensor) -> tuple[Any, ...]:
+        """Embeddings, weight and bias of the classes that are here."""
+        weight, bias, shards = self.duplicate_pooling, self.duplicate_pooling_bias, self._shards
+        if shards is None:
+            return h, weight, bias
+        weight, bias = shards.local(weight), shards.local(bias).flatten()[: shards.own]
+        h, filled = shards.enter_groups(h), -(-shards.own // weight.shape[2])  # groups that have a class
+        if filled == len(weight):
+            return h, weight, bias
+        return h[:, :filled], weight[:filled], bias
+
+    def _topk(self, features: Tensor, k: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+        h = self(features, pre_logits=True, **inputs)
+        return best_classes(group_fc_topk, self._group_fc(h), k)
 
     def attention_maps(
         self, features: Tensor, classes: Tensor | Sequence[int], key_mask: Tensor | None = None

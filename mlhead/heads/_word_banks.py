@@ -17,7 +17,8 @@ class WordBanks(nn.Module):
     """Word vectors (C, W) by name, for example of the classes for training, of others, and of all.
 
     They are buffers `<name>` (C, W) of the state dict; loading one brings all its banks, whatever their sizes. In
-    memory a bank ends in zero rows that fill the last group.
+    memory a bank ends in zero rows that fill the last group. Where `mlhead.parallel` has set `shards`, a device keeps
+    the rows of its own groups, and making a state dict brings them together.
 
     Args:
         width: W.
@@ -29,6 +30,7 @@ class WordBanks(nn.Module):
         super().__init__()
         self.width, self.group_size = width, group_size
         self.sizes: dict[str, int] = {}
+        self.shards: Any = None
         self.register_buffer("_like", like.new_empty(0), persistent=False)
 
     def put(self, name: str, vectors: Tensor) -> None:
@@ -39,7 +41,7 @@ class WordBanks(nn.Module):
         self.check(where, vectors)
         assert isinstance(self._like, Tensor)
         vectors = vectors.detach().to(self._like.device, self._like.dtype)
-        rows = self.padded(vectors)
+        rows = self.own(self.padded(vectors), len(vectors))
         self.register_buffer(_ROWS + name, rows.clone() if rows is vectors else rows, persistent=False)
         self.sizes[name] = len(vectors)
 
@@ -54,13 +56,20 @@ class WordBanks(nn.Module):
         groups = -(-num_classes // self.group_size)
         return -(-num_classes // groups)
 
-    def padded(self, vectors: Tensor) -> Tensor:
-        """Vectors (C, W) with zero rows up to a whole number of groups."""
-        missing = -len(vectors) % self.group_size_of(len(vectors))
+    def padded(self, vectors: Tensor, group_size: int | None = None) -> Tensor:
+        """Vectors (C, W) with zero rows up to a whole number of groups, by default those of C classes."""
+        missing = -len(vectors) % (self.group_size_of(len(vectors)) if group_size is None else group_size)
         return F.pad(vectors, (0, 0, 0, missing)) if missing else vectors
 
+    def own(self, rows: Tensor, num_classes: int) -> Tensor:
+        """Of the padded rows of all classes those of this device."""
+        if self.shards is None:
+            return rows
+        shard = self.shards.of(num_classes, self.group_size_of(num_classes))
+        return rows[shard.first : shard.first + shard.own_blocks * self.group_size_of(num_classes)]
+
     def rows(self, name: str) -> Tensor:
-        """A bank with the zero rows that fill its last group."""
+        """A bank, or this device's part of it, with the zero rows that fill its last group."""
         if name not in self.sizes:
             known = ", ".join(map(repr, self.sizes)) or "none yet: give word_vectors, or set_bank"
             _check.fail("ZeroShotMLDecoder", "name", f"the name of a bank ({known})", repr(name))
@@ -70,8 +79,13 @@ class WordBanks(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
-        for name, size in self.sizes.items():
-            destination[prefix + name] = self.rows(name)[:size]
+        for name in self.sizes:
+            destination[prefix + name] = self.whole(name)
+
+    def whole(self, name: str) -> Tensor:
+        """A bank (C, W); of a sharded one every device has to ask."""
+        rows, size = self.rows(name), self.sizes[name]
+        return rows[:size] if self.shards is None else self.shards.whole(rows, size, self.group_size_of(size))
 
     def _load_from_state_dict(
         self, state_dict: Mapping[str, Any], prefix: str, metadata: Any, strict: bool,

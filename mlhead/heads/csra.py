@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from .. import _check
 from ..ops import SparseTargets, csra_attention, csra_loss, csra_pool
 from ..ops._loss_options import Targets
-from ._base import Head, factory, linear_init
+from ..ops.topk import first_largest
+from ._base import Head, best_classes, factory, linear_init
 
 # Temperatures by number of heads; the paper's last head always takes the maximum.
 TEMPERATURES: dict[int, tuple[float, ...]] = {
@@ -132,6 +134,7 @@ class CSRAHead(Head):
 
     def reset(self, num_classes: int) -> None:
         """Replaces the classifiers by new ones of `num_classes` classes, of the same dtype and device."""
+        self._refuse_shards("reset")
         _check.check_positive("CSRAHead", "num_classes", num_classes)
         weight = self.weight
         self.num_classes = num_classes
@@ -175,16 +178,25 @@ class CSRAHead(Head):
         self._check_features(features, self.weight)
         if pre_logits:
             return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
+        pooling = self._pooling()
+        logits, loss = partial(csra_pool, **pooling), partial(csra_loss, **pooling)
+        return self._finish(self._inputs(features), logits, loss, targets, options, self._shards)
+
+    def _pooling(self) -> dict[str, Any]:
         average, lam = self._terms()
-        pooling: dict[str, Any] = {
-            "lam": lam,
-            "normalize": self.normalize,
-            "average": average,
-            "temperatures": self.temperatures,
-        }
-        if targets is not None:
-            return csra_loss(features, self.weight, self.bias, targets, **pooling, **options)
-        return csra_pool(features, self.weight, self.bias, **pooling)
+        return {"lam": lam, "normalize": self.normalize, "average": average, "temperatures": self.temperatures}
+
+    def _inputs(self, features: Tensor) -> tuple[Any, ...]:
+        """Features, weight and bias of the classes that are here."""
+        weight, bias, shards = self.weight, self.bias, self._shards
+        if shards is None:
+            return features, weight, bias
+        return shards.enter(features), shards.local(weight), None if bias is None else shards.local(bias)
+
+    def _topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+        self._check_features(features, self.weight)
+        logits = csra_pool(*self._inputs(features), **self._pooling())
+        return best_classes(first_largest, (logits,), k)
 
     def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
         """The attention softmax_l(T s) of the chosen classes, averaged over the heads.
@@ -203,7 +215,11 @@ class CSRAHead(Head):
         """
         self._check_features(features, self.weight)
         indices = self._check_classes(classes, features)
-        maps = csra_attention(features, self.weight, indices, temperatures=self.temperatures, normalize=self.normalize)
+        weight = self.weight
+        if self._shards is not None:
+            unique, indices = torch.unique(indices, return_inverse=True)
+            weight = self._shards.rows(weight, 1, unique)
+        maps = csra_attention(features, weight, indices, temperatures=self.temperatures, normalize=self.normalize)
         return maps.mean(1)
 
     def extra_repr(self) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .. import _check
-from ..ops import SparseTargets, linear_loss
+from ..ops import SparseTargets, linear_loss, linear_topk
 from ..ops._loss_options import Targets
-from ._base import Head, check_rate, factory, linear_init
+from ._base import Head, best_classes, check_rate, factory, linear_init
 
 
 class GAPHead(Head):
@@ -56,6 +57,7 @@ class GAPHead(Head):
 
     def reset(self, num_classes: int) -> None:
         """Replaces the classifier by a new one of `num_classes` classes, of the same dtype and device."""
+        self._refuse_shards("reset")
         _check.check_positive("GAPHead", "num_classes", num_classes)
         weight = self.fc.weight
         self.num_classes = num_classes
@@ -83,9 +85,21 @@ class GAPHead(Head):
         self._check_features(features, self.fc.weight)
         pooled = features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
         pooled = F.dropout(pooled, self.dropout, self.training)
-        if targets is not None:
-            return linear_loss(pooled, self.fc.weight, self.fc.bias, targets, **options)
-        return pooled if pre_logits else self.fc(pooled)
+        if pre_logits:
+            return pooled
+        if targets is None and self._shards is None:
+            return self.fc(pooled)
+        return self._finish(self._linear(pooled), F.linear, linear_loss, targets, options, self._shards)
+
+    def _linear(self, pooled: Tensor) -> tuple[Any, ...]:
+        """Features, weight and bias of the classes that are here."""
+        weight, bias, shards = self.fc.weight, self.fc.bias, self._shards
+        if shards is None:
+            return pooled, weight, bias
+        return shards.enter(pooled), shards.local(weight), None if bias is None else shards.local(bias)
+
+    def _topk(self, features: Tensor, k: int, **inputs: Any) -> tuple[Tensor, Tensor]:
+        return best_classes(linear_topk, self._linear(self(features, pre_logits=True, **inputs)), k)
 
     def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
         """Class activation maps: the positive part of each position's score, divided by its sum.
@@ -101,7 +115,8 @@ class GAPHead(Head):
             Zhou et al., Learning Deep Features for Discriminative Localization, Eq. 2, without the bias.
         """
         self._check_features(features, self.fc.weight)
-        weight = self.fc.weight[self._check_classes(classes, features)]  # (K, D) or (B, K, D)
+        chosen, weight = self._check_classes(classes, features), self.fc.weight
+        weight = weight[chosen] if self._shards is None else self._shards.rows(weight, 0, chosen)  # (K, D) or (B, K, D)
         scores = weight @ (features.flatten(2) if features.ndim == 4 else features.transpose(1, 2))
         scores = scores.float().relu()
         return scores / scores.sum(2, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)

@@ -168,6 +168,7 @@ class ZeroShotMLDecoder(AttentionHead):
                 be given per call, or set.
         """
         where = "ZeroShotMLDecoder"
+        self._refuse_shards("reset")
         _check.check_positive(where, "num_classes", num_classes)
         banks = _named(where, word_vectors, num_classes)
         _word_dim(where, banks, self.word_dim)
@@ -198,8 +199,7 @@ class ZeroShotMLDecoder(AttentionHead):
 
     def bank(self, name: str | None = None) -> Tensor:
         """The word vectors (C, W) of a bank, by default of the one in use."""
-        rows, chosen = self._rows(name)
-        return rows[: self.banks.sizes[chosen]]
+        return self.banks.whole(self._rows(name)[1])
 
     def use(self, name: str) -> None:
         """Takes the bank of that name from now on. No parameter changes."""
@@ -231,14 +231,29 @@ class ZeroShotMLDecoder(AttentionHead):
             C = self.banks.sizes[name]
         else:
             self.banks.check("ZeroShotMLDecoder", word_vectors)
-            rows, C = word_vectors, len(word_vectors)
+            C = len(word_vectors)
+            rows = self.banks.own(self.banks.padded(word_vectors), C)
+        J, shard = self.banks.group_size_of(C), self._shard(C)
+        own = C if shard is None else shard.own
         if augment and self.augmentation is not None and self.training:
-            queries, vectors = self.augmentation(rows[:C])
-            C, alike, vectors = len(vectors), queries is vectors, self.banks.padded(vectors)
-            queries = vectors if alike else self.banks.padded(queries)
-            return _Classes(queries, vectors, C, self.banks.group_size_of(C))
-        rows = rows if word_vectors is None else self.banks.padded(rows)
-        return _Classes(rows, rows, C, self.banks.group_size_of(C))
+            queries, vectors = self.augmentation(rows[:own])
+            if len(vectors) > own:
+                if shard is not None:
+                    must = "without random queries for a head that is sharded"
+                    _check.fail("ZeroShotMLDecoder", "augmentation", must, f"{len(vectors) - own} of them")
+                own, J = len(vectors), self.banks.group_size_of(len(vectors))
+            alike, vectors = queries is vectors, self.banks.padded(vectors, J)
+            queries = vectors if alike else self.banks.padded(queries, J)
+            return _Classes(queries, vectors, own, J)
+        return _Classes(rows, rows, own, J)
+
+    def _shard(self, num_classes: int) -> Any:
+        """How so many classes are sharded, or None."""
+        return None if self._shards is None else self._shards.of(num_classes, self.banks.group_size_of(num_classes))
+
+    def _call_shard(self, word_vectors: Tensor | None) -> Any:
+        """How the classes of a call are sharded, or None."""
+        return self._shard(self.num_classes if word_vectors is None else len(word_vectors))
 
     def _queries(self, rows: Tensor, group_size: int) -> Tensor:
         """Queries (G, E) of rows (G J, W)."""
@@ -327,19 +342,22 @@ class ZeroShotMLDecoder(AttentionHead):
         """
         options = self._options(targets, pre_logits, sample_weight, ignore)
         memory = self._memory(features)
-        classes = self._classes(word_vectors, augment=True)
+        classes, shard = self._classes(word_vectors, augment=True), self._call_shard(word_vectors)
+        if shard is not None:
+            memory, key_mask = shard.enter(memory), shard.enter_mask(key_mask)
         if pre_logits:
+            self._refuse_shards("forward with pre_logits")
             return self._decode(self._steps(classes, memory.shape[0]), memory, key_mask)
         h, weight, bias, C = self._last(classes, memory, key_mask)
-        if targets is None:
-            return group_fc(h, weight, bias, C)
+        if shard is not None or targets is None:
+            return self._finish((h, weight, bias), group_fc, group_fc_loss, targets, options, shard)
         if self.training and self.augmentation is not None and self.augmentation.extra:
             targets = self.augmentation.extend(targets, C - self.augmentation.extra)
             options = self.augmentation.extend_options(options)
         return group_fc_loss(h, weight, bias, targets, C, **options)
 
     @torch.no_grad()
-    def topk(
+    def topk(  # type: ignore[override]
         self, features: Tensor, k: int, *, word_vectors: Tensor | None = None, key_mask: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The k best classes of each image, without the logits and without all decoded queries at once.
@@ -355,9 +373,14 @@ class ZeroShotMLDecoder(AttentionHead):
             carry no gradient.
         """
         memory, classes = self._memory(features), self._classes(word_vectors)
+        shard, all_classes = self._call_shard(word_vectors), self.num_classes
+        if word_vectors is not None:
+            all_classes = len(word_vectors)
         _check.check_positive("ZeroShotMLDecoder", "k", k)
-        if k > classes.num_classes:
-            _check.fail("ZeroShotMLDecoder", "k", f"in [1, C] = [1, {classes.num_classes}]", k)
+        if k > all_classes:
+            _check.fail("ZeroShotMLDecoder", "k", f"in [1, C] = [1, {all_classes}]", k)
+        if shard is not None:
+            memory, key_mask = shard.enter(memory), shard.enter_mask(key_mask)
         best, first = None, 0
         # The last layer of a group is far smaller than what is decoded for it; in full decoding it is all the same.
         for step in self._steps(classes, memory.shape[0]) if self.full else [classes]:
@@ -366,7 +389,7 @@ class ZeroShotMLDecoder(AttentionHead):
             best = merge_topk(best, (scores, found + first), k)
             first += C
         assert best is not None
-        return best
+        return best if shard is None else shard.topk(k, best)
 
     def attention_maps(
         self,
@@ -387,6 +410,7 @@ class ZeroShotMLDecoder(AttentionHead):
         Returns:
             (B, K, L), at least 0, each row of sum 1.
         """
+        self._refuse_shards("attention_maps")
         memory, found = self._memory(features), self._classes(word_vectors)
         indices = self._check_classes(classes, features, found.num_classes)
         J = found.group_size

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from ..reference.class_loss import LossArguments, accumulation
+from ..reference.class_loss import LossArguments, accumulation, add_shards
 from . import _csra_chunks as chunks
 from ._csra_chunks import Chunk, Plan
 from ._csra_kernels import Options, Pooling
@@ -100,7 +100,7 @@ class _Call:
         """Softmax's numbers of each row over all classes, (B, 4)."""
         statistics = self.x.new_zeros(self.x.shape[0], 4, dtype=self.wide)
         statistics[:, 0] = -math.inf
-        for classes, chunk in self.class_ranges():
+        for classes, chunk in () if self.empty else self.class_ranges():
             for part in self.parts(classes, chunk):
                 a, mine = self.a.images(part.images), statistics[part.images]
                 self.kernels.softmax_statistics(part.z, None, self.place(part), a, mine)
@@ -122,8 +122,9 @@ def run(call: _Call, dout: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor
     if call.empty:
         dx, dweight = (t.zero_() for t in (dx, dweight))
     statistics = None
-    if a.loss == "softmax" and not call.empty:
+    if a.loss == "softmax":
         statistics = call.statistics()
+        add_shards(statistics, a.class_group)
         row_loss = softmax_rows_loss(statistics, a)
     if not call.empty and (any(needs) or statistics is None):
         one_image_range = call.plan.images >= B and (chunks.is_matrix(x) or x.device.type == "cuda")

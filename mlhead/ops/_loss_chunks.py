@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..reference.class_loss import LossArguments, accumulation
+from ..reference.class_loss import LossArguments, accumulation, add_shards
 from ._csra_chunks import add_product
 from ._gradients import empty_gradient
 from ._loss_kernels import ExtensionKernels, LossKernels, Place
@@ -186,6 +186,7 @@ def loss_and_gradients(
     statistics, row_loss = None, h.new_zeros(B, dtype=call.wide)
     if a.loss == "softmax":
         statistics = call.statistics()
+        add_shards(statistics, a.class_group)
         row_loss = softmax_rows_loss(statistics, a)
     add_to = row_loss if statistics is None else None
     for block, hb, wb, z, place in call.logits() if any(needs) or statistics is None else ():
@@ -285,6 +286,7 @@ class CppPass(_Launchers):
         if a.loss == "softmax":
             statistics = h.new_empty(B, 4, dtype=wide)
             run(*head, *options, factor, None, None, statistics, None, None, None)
+            add_shards(statistics, a.class_group)
             rows = softmax_rows_loss(statistics, a)
         if any(needs) or statistics is None:
             unused = rows if statistics is None else torch.empty_like(rows)

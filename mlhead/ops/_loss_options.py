@@ -38,6 +38,8 @@ class LossOptions(TypedDict, total=False):
         margin: Of "asl", 0.05 by default.
         eps: Of "asl", 1e-8 by default.
         detach_focal: Of "asl", True by default.
+        class_group: Of "softmax": the name of a process group whose members each have a part of the classes, and these
+            are one; the loss is then that of all, and the gradients those of this part. `mlhead.parallel` sets it.
         update: A `mlhead.optim` optimizer of `weight`, which then is updated in backward, block by block, and has no
             gradient.
         backend: "auto", "reference", "triton", "cpp", "cuda"; None takes the surrounding `backend(...)`.
@@ -55,6 +57,7 @@ class LossOptions(TypedDict, total=False):
     margin: float
     eps: float
     detach_focal: bool
+    class_group: str
     update: Update | None
     backend: str | None
 
@@ -107,13 +110,16 @@ def loss_arguments(
             if name in options:
                 _check.fail(where, name, "left out but for loss='asl'", options[name])
     B, device, wide = features.shape[0], features.device, accumulation(features.dtype)
-    if loss == "softmax" and num_classes == 0:
+    class_group = options.get("class_group", "")
+    if class_group and loss != "softmax":
+        _check.fail(where, "class_group", f"left out for loss={loss!r}, whose classes are on their own", class_group)
+    if loss == "softmax" and num_classes == 0 and not class_group:
         _check.fail(where, "num_classes", "at least 1 for loss='softmax'", num_classes)
     placed = prepare(where, targets, options.get("ignore"), loss, B, num_classes, device, wide)
     sizes = {"class_weight": num_classes, "pos_weight": num_classes, "sample_weight": B}
     weights: Any = [_weight(where, name, options.get(name), size, device, wide) for name, size in sizes.items()]
     asl = _asl(where, options)
-    settings: tuple[Any, ...] = (num_classes, loss, *asl, float(smoothing), reduction, list(make))
+    settings: tuple[Any, ...] = (num_classes, loss, *asl, float(smoothing), reduction, class_group, list(make))
     return LossArguments(*placed, *weights, *settings)
 
 

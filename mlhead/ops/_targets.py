@@ -182,7 +182,7 @@ def as_sparse(where: str, targets: Any, C: int) -> Any:
     return targets
 
 
-def _merge(where: str, targets: SparseTargets, ignore: SparseTargets) -> SparseTargets:
+def merge_ignore(where: str, targets: SparseTargets, ignore: SparseTargets) -> SparseTargets:
     """Targets with the classes of `ignore` as unknown ones."""
     if ignore.num_classes != targets.num_classes or ignore.offsets.shape != targets.offsets.shape:
         must = f"of {targets.batch} rows and {targets.num_classes} classes like targets"
@@ -217,7 +217,7 @@ def prepare(
         if ignore is not None:
             if not isinstance(ignore, SparseTargets):
                 _check.fail(where, "ignore", "SparseTargets like targets", type(ignore).__name__, TypeError)
-            targets = _merge(where, targets, ignore)
+            targets = merge_ignore(where, targets, ignore)
         return _sparse(where, targets, loss, B, C, device, dtype)
     if not isinstance(targets, Tensor):
         must = "a tensor (B, C), SparseTargets, (indices, offsets) or a sparse CSR tensor"

@@ -121,8 +121,10 @@ def check_group_fc(
     C = num_classes
     if C is None:
         C = G * weight.shape[2] if bias is None else bias.numel()
+    J = weight.shape[2]
     expected_J = -(-C // G) if G > 0 else 0
-    if tuple(weight.shape) != (G, E, expected_J) or (G == 0 and C != 0):
+    # Some groups of a larger layer have its J, and fill all groups but the last.
+    if tuple(weight.shape[:2]) != (G, E) or not (J == expected_J or (G - 1) * J < C) or C > G * J:
         _check.fail(where, "weight", f"(G, E, ceil(C / G)) = {(G, E, expected_J)} for C = {C}", tuple(weight.shape))
     if bias is not None:
         _check.check_shape(where, "bias", bias, "(C,)", (C,))

@@ -29,6 +29,12 @@ def _first_largest(scores: Tensor, k: int) -> Tensor:
     return torch.topk(torch.add(-columns, bits, alpha=1 << 32), k, dim=1).indices
 
 
+def first_largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k largest of each row of scores (B, n) and their columns, as `group_fc_topk` has them."""
+    columns = _first_largest(scores, k)
+    return scores.gather(1, columns), columns
+
+
 def merge_topk(best: tuple[Tensor, Tensor] | None, found: tuple[Tensor, Tensor], k: int) -> tuple[Tensor, Tensor]:
     """Scores and classes (B, k) of the k largest of those before and of others, whose classes are higher."""
     if best is None:
@@ -47,9 +53,8 @@ def _topk(h: Tensor, weight: Tensor, bias: Tensor | None, k: int, num_classes: i
         n = w.shape[0] * w.shape[2]
         b = None if bias is None else bias[block.first : block.first + n]
         logits = _group_fc(h[:, block.groups], w, b, n, backend=backend)
-        columns = _first_largest(logits, min(k, n))
-        found = logits.gather(1, columns), columns + block.first
-        scores, classes = merge_topk((scores, classes), found, k)
+        best, columns = first_largest(logits, min(k, n))
+        scores, classes = merge_topk((scores, classes), (best, columns + block.first), k)
     return scores, classes
 
 

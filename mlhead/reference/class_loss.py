@@ -13,11 +13,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, distributed
 
 CHUNK = 1 << 19  # logits that exist at a time: a few megabytes with all that is made of them
 
@@ -25,7 +25,7 @@ CHUNK = 1 << 19  # logits that exist at a time: a few megabytes with all that is
 SCHEMA = (
     "Tensor targets, Tensor? offsets, Tensor? values, Tensor? class_weight, Tensor? pos_weight, Tensor? sample_weight, "
     "SymInt num_classes, str loss, float gamma_neg, float gamma_pos, float margin, float eps, bool detach_focal, "
-    "float label_smoothing, str reduction, bool[] make"
+    "float label_smoothing, str reduction, str class_group, bool[] make"
 )
 
 
@@ -43,6 +43,7 @@ class LossArguments(NamedTuple):
         num_classes: C.
         loss: "bce", "asl" or "softmax"; what follows are the options of these.
         reduction: "sum", or "mean": over B * C, for softmax over B.
+        class_group: For "softmax" the name of a process group whose members each have a part of the classes, or "".
         make: Which gradients forward makes at once.
     """
 
@@ -61,6 +62,7 @@ class LossArguments(NamedTuple):
     detach_focal: bool
     label_smoothing: float
     reduction: str
+    class_group: str
     make: list[bool]
 
     def factor(self, B: int) -> float:
@@ -197,6 +199,38 @@ def softmax_rows(logits: Callable[[slice], Tensor], ranges: Iterable[slice], B: 
     return SoftmaxRows(torch.logsumexp(lse, 0), total.sum(0), score.sum(0))
 
 
+def add_shards(statistics: Tensor, class_group: str) -> None:
+    """Takes the classes of the other members of a process group into softmax's numbers of each row (B, 4), in place.
+
+    They are (max z, sum exp(z - max), sum v z, sum v). Every member calls this at the same point; "" is no group.
+    """
+    if not class_group:
+        return
+    if statistics.requires_grad:
+        raise RuntimeError("softmax over the shards of a class group has no gradient of its gradient")
+    find: Callable[[str], Any] = distributed.distributed_c10d._resolve_process_group  # type: ignore[assignment]
+    group = find(class_group)
+    largest = statistics[:, 0].clone()
+    distributed.all_reduce(largest, distributed.ReduceOp.MAX, group)
+    # A member without classes has -inf, and adds nothing.
+    statistics[:, 1] *= torch.exp(statistics[:, 0] - torch.where(largest.isinf(), 0.0, largest))
+    sums = statistics[:, 1:].contiguous()
+    distributed.all_reduce(sums, distributed.ReduceOp.SUM, group)
+    statistics[:, 0], statistics[:, 1:] = largest, sums
+
+
+def _all_softmax_rows(
+    logits: Callable[[slice], Tensor], ranges: Iterable[slice], B: int, a: LossArguments
+) -> SoftmaxRows:
+    """As `softmax_rows`, over the classes of all members of the class group."""
+    rows = softmax_rows(logits, ranges, B, a)
+    if not a.class_group:
+        return rows
+    statistics = torch.stack((rows.lse, torch.ones_like(rows.lse), rows.score, rows.total), 1)
+    add_shards(statistics, a.class_group)
+    return SoftmaxRows(statistics[:, 0] + statistics[:, 1].log(), statistics[:, 3], statistics[:, 2])
+
+
 def softmax_gradient(z: Tensor, classes: slice, rows: SoftmaxRows, a: LossArguments) -> Tensor:
     """The derivative dz (B, n) = (sum v) softmax(z) - v, times the weight of the row."""
     v = _softmax_targets(classes, z.shape[0], a, z.dtype)
@@ -206,7 +240,7 @@ def softmax_gradient(z: Tensor, classes: slice, rows: SoftmaxRows, a: LossArgume
 def reduced(logits: Callable[[slice], Tensor], ranges: list[slice], B: int, a: LossArguments) -> Tensor:
     """The loss of all ranges of classes, a scalar."""
     if a.loss == "softmax":
-        rows = softmax_rows(logits, ranges, B, a)
+        rows = _all_softmax_rows(logits, ranges, B, a)
         per_row = rows.total * rows.lse - rows.score
         total = (per_row if a.sample_weight is None else per_row * a.sample_weight).sum()
     else:
@@ -218,7 +252,7 @@ def logit_gradients(
     dout: Tensor, logits: Callable[[slice], Tensor], ranges: list[slice], B: int, a: LossArguments
 ) -> Iterable[tuple[slice, Tensor]]:
     """Each range of classes with the gradient dz (B, n) of its logits."""
-    rows = softmax_rows(logits, ranges, B, a) if a.loss == "softmax" else None
+    rows = _all_softmax_rows(logits, ranges, B, a) if a.loss == "softmax" else None
     for classes in ranges:
         z = logits(classes)
         dz = element_gradient(z, classes, a) if rows is None else softmax_gradient(z, classes, rows, a)

@@ -1,0 +1,6 @@
+"""Heads over several devices, by torch.distributed: `parallelize_head` and what goes with it."""
+
+from ._clip import clip_grad_norm_
+from ._style import class_parameters, parallelize_head
+
+__all__ = ["class_parameters", "clip_grad_norm_", "parallelize_head"]

@@ -1,0 +1,56 @@
+"""Banks of word vectors over several devices: each decodes the queries of its own classes, for all images."""
+
+from __future__ import annotations
+
+import functools
+
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+from .. import _check
+from ..heads import ZeroShotMLDecoder
+from ._moves import all_rows, all_sum
+from ._shards import ClassShards
+
+
+class BankShards:
+    """How banks of any size lie on a mesh: groups of classes in whole."""
+
+    def __init__(self, mesh: DeviceMesh, own_images: bool) -> None:
+        self.mesh, self.own_images = mesh, own_images
+        self._known: dict[tuple[int, int], ClassShards] = {}
+
+    def of(self, num_classes: int, group_size: int) -> ClassShards:
+        """Where so many classes in groups of that size are."""
+        key = num_classes, group_size
+        if key not in self._known:
+            groups = -(-num_classes // group_size)
+            made = ClassShards(self.mesh, self.own_images, num_classes, groups, group_size)
+            if made.blocks_each * (made.devices - 1) >= groups:
+                must = f"of so many groups that each of {made.devices} devices has one"
+                _check.fail("parallelize_head", "word_vectors", must, f"{groups} groups")
+            self._known[key] = made
+        return self._known[key]
+
+    def whole(self, rows: Tensor, num_classes: int, group_size: int) -> Tensor:
+        """A bank (C, W) of the parts that the devices have."""
+        shard = self.of(num_classes, group_size)
+        padded = rows.new_zeros(shard.size, rows.shape[1])
+        padded[: len(rows)] = rows
+        return all_rows(padded, shard.group)[:num_classes]
+
+
+def shard_zero_shot(head: ZeroShotMLDecoder, mesh: DeviceMesh, own_images: bool) -> None:
+    """Cuts the banks, and has the gradient of what decodes the queries summed over the devices."""
+    shards, banks = BankShards(mesh, own_images), head.banks
+    whole = {name: banks.whole(name) for name in banks.sizes}
+    for vectors in whole.values():
+        shards.of(len(vectors), banks.group_size_of(len(vectors)))  # raises before anything has changed
+    banks.shards = head._shards = shards
+    for name, vectors in whole.items():
+        banks.put(name, vectors)
+    group = ClassShards(mesh, own_images, 1, 1, 1).group
+    for name, parameter in head.named_parameters():
+        # Each device decodes some classes. The memory is made for all of them, before.
+        if not name.startswith("embed_standart."):
+            parameter.register_hook(functools.partial(all_sum, group=group))
