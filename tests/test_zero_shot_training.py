@@ -225,7 +225,7 @@ def test_orderings_say_what_the_seeds_show():
 
 def test_runs_side_by_side(tmp_path, monkeypatch):
     monkeypatch.setattr(demo_zero_shot, "CONTESTANTS", {k: demo_zero_shot.CONTESTANTS[k] for k in ("full", "group")})
-    monkeypatch.setattr(demo_zero_shot, "TABLE_8", {"words, words": ("words", "words", 28.7)})
+    monkeypatch.setattr(demo_zero_shot, "TABLE_8", {"words, words": ("words", "words")})
     monkeypatch.setattr(demo_zero_shot, "_report", lambda *arguments: None)
     monkeypatch.setattr(demo_zero_shot, "TRAIN_SCENES", 100)
     monkeypatch.setattr(demo_zero_shot, "TEST_SCENES", 300)
