@@ -253,6 +253,13 @@ def check_banks() -> None:
     _close("logits of given vectors", *given)
 
 
+def check_copy() -> None:
+    """A deep copy, as of a moving average, lies where the head does."""
+    s = Setup("gap", True)
+    copied = copy.deepcopy(s.sharded)
+    _close("loss", copied(s.features[s.rows], s.y[s.rows]), s.whole(s.features, s.y))
+
+
 def check_meta() -> None:
     """A head that never existed whole: from the meta device, with values drawn where they lie."""
     with torch.device("meta"):
@@ -267,6 +274,7 @@ def check_meta() -> None:
 
 def check_errors() -> None:
     """Wrong use is named on every device."""
+    x = torch.ones(1, L, D)
     head, mesh = GAPHead(D, 10), init_device_mesh("cpu", (dist.get_world_size(),))
     wrong: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: parallelize_head(nn.Linear(2, 2), mesh), TypeError, "head must be"),
@@ -276,8 +284,10 @@ def check_errors() -> None:
         (lambda: parallelize_head(parallelize_head(head, mesh), mesh), ValueError, "not sharded yet"),
         (lambda: head.reset(5), RuntimeError, "before parallelize_head"),
         (lambda: head.set_prior(0.1), RuntimeError, "before parallelize_head"),
-        (lambda: head(torch.ones(1, L, D), torch.ones(1, 9)), ValueError, "targets must be"),
-        (lambda: head.topk(torch.ones(1, L, D), 11), ValueError, "k must be"),
+        (lambda: head(x, torch.ones(1, 9)), ValueError, "targets must be"),
+        (lambda: head(x, torch.ones(2, 10)), ValueError, "targets must be of B = 1 rows"),
+        (lambda: head(x, torch.ones(1, 10), sample_weight=torch.ones(2)), ValueError, "sample_weight must be"),
+        (lambda: head.topk(x, 11), ValueError, "k must be"),
     ]
     for call, error, text in wrong:
         with pytest.raises(error, match=text):
@@ -286,7 +296,12 @@ def check_errors() -> None:
 
 def checks() -> dict[str, Callable[[], None]]:
     """Every check by its name."""
-    found: dict[str, Callable[[], None]] = {"errors": check_errors, "banks": check_banks, "meta": check_meta}
+    found: dict[str, Callable[[], None]] = {
+        "errors": check_errors,
+        "banks": check_banks,
+        "meta": check_meta,
+        "copy": check_copy,
+    }
     for kind in HEADS:
         for which, own in OWN.items():
             found[f"logits, {kind}, {which}"] = lambda k=kind, o=own: check_logits(k, o)

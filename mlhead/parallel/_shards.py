@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from .. import _check
 from ..ops import SparseTargets
 from ..ops.topk import merge_topk
 from . import _targets
@@ -51,6 +52,9 @@ class ClassShards:
         self.size = self.blocks_each * step  # the most classes of a device
         self.first = min(self.first_block * step, num_classes)
         self.own = min(self.own_blocks * step, num_classes - self.first)
+
+    def __deepcopy__(self, memo: Any) -> ClassShards:
+        return self  # a copy of the head lies where the head does; process groups cannot be copied
 
     @property
     def stop(self) -> int:
@@ -96,6 +100,15 @@ class ClassShards:
         options, batch, dtype = dict(options), len(x), torch.promote_types(x.dtype, torch.float32)
         kind, C = options.get("loss", "bce"), self.num_classes
         targets, ignore = _targets.as_dense_or_sparse(where, targets, options.pop("ignore", None), kind, C)
+        own_batch = batch if group is None else batch // self.devices
+        for name, value in (("targets", targets), ("ignore", ignore)):
+            rows = value.batch if isinstance(value, SparseTargets) else None if value is None else len(value)
+            if rows not in (None, own_batch):
+                _check.fail(where, name, f"of B = {own_batch} rows", rows)
+        for name, size in (("sample_weight", own_batch), ("class_weight", C), ("pos_weight", C)):
+            if options.get(name) is not None:
+                letters = "(B,)" if name == "sample_weight" else "(C,)"
+                _check.check_shape(where, name, options[name], letters, (size,))
         targets, ignore = (_targets.own_classes(t, self.first, self.stop, self.size, group) for t in (targets, ignore))
         mean = options.pop("reduction", "mean") == "mean"
         factor = 1.0 / max(1, batch if kind == "softmax" else batch * C) if mean else 1.0

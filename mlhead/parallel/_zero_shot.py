@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
@@ -19,6 +20,9 @@ class BankShards:
     def __init__(self, mesh: DeviceMesh, own_images: bool) -> None:
         self.mesh, self.own_images = mesh, own_images
         self._known: dict[tuple[int, int], ClassShards] = {}
+
+    def __deepcopy__(self, memo: Any) -> BankShards:
+        return self
 
     def of(self, num_classes: int, group_size: int) -> ClassShards:
         """Where so many classes in groups of that size are."""
