@@ -18,10 +18,10 @@ class HeadMemory:
     """Bytes that a training step of a linear or group_fc head takes, by what they hold.
 
     Args:
-        weights: The class weights and the bias.
+        weights: The class weights and the bias, those of one device.
         gradients: Theirs; only the bias's where the update is fused.
         optimizer: The state of the optimizer.
-        features: h and its gradient.
+        features: h and its gradient; of a head over several devices also those of what is here.
         logits: Logits, their gradient and a dense target in fp32; 0 with the loss in the head.
         scratch: The most that the blocks of the loss in the head take.
     """
@@ -51,6 +51,8 @@ def head_memory(
     fused_update: bool = False,
     device: str = "cpu",
     threads: int = 1,
+    devices: int = 1,
+    own_images: bool = False,
 ) -> HeadMemory:
     """The memory of one training step of the last layer.
 
@@ -60,10 +62,15 @@ def head_memory(
     optimizer k (G E J + C) numbers                  features   2 s B G E
     logits    B C (2 s + 12) without the loss in the head, for eager BCE (ASL takes more); else 0
 
+    After `mlhead.parallel.parallelize_head` over N devices, the one that has most: of the classes, g = ceil(G / N)
+    groups of J, or ceil(C / N) classes of a linear head, in the place of G and C in weights, gradients and optimizer;
+    to the features comes what is here of those of B' images, 2 s B' g E, with B' = N B where each device has its own
+    images, and without the loss in the head to the logits 2 s B' for each class that is here.
+
     Args:
         num_classes: C.
         width: E of a group_fc head, D of a linear one.
-        batch: B.
+        batch: B; with `devices` the images that each device gives to the head.
         groups: G; 1 for a linear head.
         dtype: Of weights and features.
         optimizer: "none", "sgd", "momentum", "adamw" or "adafactor". Its state is in the dtype of the weights
@@ -72,26 +79,44 @@ def head_memory(
         fused_update: Whether a `mlhead.optim` optimizer updates the weights in backward.
         device: "cpu" or "cuda".
         threads: Threads of the CPU.
+        devices: N, the devices that share the classes.
+        own_images: Whether each of them has its own images (`input_layouts=Shard(0)`), or all the same.
 
     Returns:
-        `HeadMemory`, in bytes.
+        `HeadMemory` of one device, in bytes.
+
+    Raises:
+        ValueError: A number is not positive, a choice is unknown, or a fused update is asked for with several devices:
+            the optimizers of `mlhead.optim` do not take the parameters of such a head.
     """
     where = "head_memory"
-    for name, value in (("num_classes", num_classes), ("width", width), ("batch", batch), ("groups", groups)):
+    numbers = {"num_classes": num_classes, "width": width, "batch": batch, "groups": groups, "devices": devices}
+    for name, value in numbers.items():
         _check.check_positive(where, name, value)
     _check.check_choice(where, "optimizer", optimizer, tuple(STATES))
     _check.check_choice(where, "device", device, ("cpu", "cuda"))
+    if fused_update and devices > 1:
+        _check.fail(where, "fused_update", "False with several devices", fused_update)
     s, J = dtype.itemsize, -(-num_classes // groups)
+    features, logits = 2 * s * batch * groups * width, 0 if loss_in_head else batch * num_classes * (2 * s + 3 * 4)
+    images = batch * devices if own_images else batch
+    if devices > 1:
+        if groups > 1:
+            groups = -(-groups // devices)
+            num_classes = groups * J
+        else:
+            num_classes = J = -(-num_classes // devices)
+        features += 2 * s * images * groups * width
+        logits += 0 if loss_in_head else 2 * s * images * num_classes
     matrix = groups * width * J
     state_bytes = 4 if fused_update else s
     state = STATES[optimizer] * (matrix + num_classes) * state_bytes
     if optimizer == "adafactor":
         state = 4 * num_classes  # a number a class; the columns' are few
-    logits = 0 if loss_in_head else batch * num_classes * (2 * s + 3 * 4)
     scratch = 0
     if loss_in_head:
-        scratch = (48 << 20) if device == "cuda" else (threads * (2 << 20) + min(16 << 20, 128 * batch * width * 4))
+        scratch = (48 << 20) if device == "cuda" else (threads * (2 << 20) + min(16 << 20, 128 * images * width * 4))
     if fused_update:
         scratch += BYTES_OF_A_NUMBER * block_numbers(matrix, device)
     gradients = num_classes if fused_update else matrix + num_classes
-    return HeadMemory(s * (matrix + num_classes), s * gradients, state, 2 * s * batch * groups * width, logits, scratch)
+    return HeadMemory(s * (matrix + num_classes), s * gradients, state, features, logits, scratch)

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mlhead import CSRAHead, GAPHead, MLDecoder, SparseTargets, TransformerDecoder, ZeroShotMLDecoder, losses
 from mlhead.parallel import class_parameters, clip_grad_norm_, parallelize_head
@@ -253,11 +253,63 @@ def check_banks() -> None:
     _close("logits of given vectors", *given)
 
 
-def check_copy() -> None:
-    """A deep copy, as of a moving average, lies where the head does."""
-    s = Setup("gap", True)
-    copied = copy.deepcopy(s.sharded)
-    _close("loss", copied(s.features[s.rows], s.y[s.rows]), s.whole(s.features, s.y))
+def check_copy(kind: str) -> None:
+    """A deep copy, as of a moving average, lies where the head does and gets the same gradients."""
+    s = Setup(kind, True)
+    s.sharded = copy.deepcopy(s.sharded)
+    x, x_own = s.inputs()
+    s.whole(x, s.y).backward()
+    s.sharded(x_own, s.y[s.rows]).backward()
+    s.compare_gradients(x, x_own)
+
+
+def check_given_vectors() -> None:
+    """Word vectors that are learned get the gradient of all devices; frozen parameters get none."""
+    s = Setup("zero_shot, groups", False)
+    vectors = torch.randn(15, 6, dtype=torch.float64)
+    grads = []
+    for head in (s.whole, s.sharded):
+        head.requires_grad_(False)
+        own = vectors.clone().requires_grad_()
+        head(s.features, s.y, word_vectors=own).backward()
+        assert own.grad is not None
+        grads.append(own.grad)
+    _close("gradient of the vectors", grads[1], grads[0])
+
+
+def check_steps() -> None:
+    """Queries decoded a few at a time, and again in backward."""
+    s = Setup("zero_shot", True)
+    s.sharded.query_step = 1
+    x, x_own = s.inputs()
+    s.whole(x, s.y).backward()
+    s.sharded(x_own, s.y[s.rows]).backward()
+    s.compare_gradients(x, x_own)
+
+
+def check_half_precision() -> None:
+    """Autocast, also where a device has no class; small factors do not underflow in the dtype of the weights."""
+    head = parallelize_head(GAPHead(D, 2), init_device_mesh("cpu", (dist.get_world_size(),)))
+    features = torch.randn(3, L, D, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        scores, classes = head.topk(features, 2)
+    assert scores.dtype == torch.bfloat16
+    assert sorted(classes[0].tolist()) == [0, 1]
+    s = Setup("gap", False)
+    weight = torch.full((len(s.y),), 2.0**-20, dtype=torch.float16)
+    _close("loss", s.sharded(s.features, s.y, sample_weight=weight), s.whole(s.features, s.y, sample_weight=weight))
+
+
+def check_sharded_again() -> None:
+    """Which parameters are a head's own shards stays known when FSDP has made DTensors of all."""
+    s = Setup("ml_decoder", True)
+    before = set(class_parameters(s.sharded))
+    for owner in list(s.sharded.modules()):
+        for name, parameter in list(owner.named_parameters(recurse=False)):
+            if not isinstance(parameter, DTensor):
+                whole = distribute_tensor(parameter.detach(), s.mesh, [Replicate()])
+                setattr(owner, name, nn.Parameter(whole))
+    assert set(class_parameters(s.sharded)) == before
 
 
 def check_meta() -> None:
@@ -276,6 +328,7 @@ def check_errors() -> None:
     """Wrong use is named on every device."""
     x = torch.ones(1, L, D)
     head, mesh = GAPHead(D, 10), init_device_mesh("cpu", (dist.get_world_size(),))
+    own = parallelize_head(GAPHead(D, 10), mesh, input_layouts=Shard(0))
     wrong: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: parallelize_head(nn.Linear(2, 2), mesh), TypeError, "head must be"),
         (lambda: parallelize_head(head, "cpu"), TypeError, "mesh must be"),
@@ -284,6 +337,7 @@ def check_errors() -> None:
         (lambda: parallelize_head(parallelize_head(head, mesh), mesh), ValueError, "not sharded yet"),
         (lambda: head.reset(5), RuntimeError, "before parallelize_head"),
         (lambda: head.set_prior(0.1), RuntimeError, "before parallelize_head"),
+        (lambda: own(x[: dist.get_rank()]), ValueError, "features must be of as many images"),
         (lambda: head(x, torch.ones(1, 9)), ValueError, "targets must be"),
         (lambda: head(x, torch.ones(2, 10)), ValueError, "targets must be of B = 1 rows"),
         (lambda: head(x, torch.ones(1, 10), sample_weight=torch.ones(2)), ValueError, "sample_weight must be"),
@@ -300,7 +354,10 @@ def checks() -> dict[str, Callable[[], None]]:
         "errors": check_errors,
         "banks": check_banks,
         "meta": check_meta,
-        "copy": check_copy,
+        "vectors": check_given_vectors,
+        "steps": check_steps,
+        "half precision": check_half_precision,
+        "sharded again": check_sharded_again,
     }
     for kind in HEADS:
         for which, own in OWN.items():
@@ -314,6 +371,8 @@ def checks() -> dict[str, Callable[[], None]]:
     for kind in ("gap", "csra", "ml_decoder", "zero_shot"):
         found[f"training, {kind}"] = lambda k=kind: check_training(k)
         found[f"two axes, {kind}"] = lambda k=kind: check_mesh_of_two_axes(k)
+    for kind in ("gap", "zero_shot"):
+        found[f"copy, {kind}"] = lambda k=kind: check_copy(k)
     for kind in ("gap", "csra", "ml_decoder"):
         found[f"maps, {kind}"] = lambda k=kind: check_maps(k)
     return found

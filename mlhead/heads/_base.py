@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..losses import BinaryCrossEntropy
+from ..ops._fused import autocast
 from ..ops._loss_options import Targets
 from ..ops._targets import SparseTargets
 
@@ -39,7 +40,9 @@ class Head(nn.Module, ABC):
     in_features: int
     num_classes: int
     loss: nn.Module
-    _shards: Any = None  # `mlhead.parallel` sets it: the devices that share the classes
+    # `mlhead.parallel` sets these: the devices that share the classes, and the parameters of which each has a part.
+    _shards: Any = None
+    _class_parameters: tuple[str, ...] = ()
 
     def __init__(
         self, in_features: int, num_classes: int, prior: float | None = None, loss: nn.Module | None = None
@@ -249,8 +252,10 @@ def best_classes(op: Callable[..., tuple[Tensor, Tensor]], inputs: tuple[Any, ..
     """`op(*inputs, k)`, also for k = 0, which a device without classes asks for."""
     if k > 0:
         return op(*inputs, k)
-    scores = inputs[0].new_empty(len(inputs[0]), 0)
-    return scores, scores.to(torch.int64)
+    x: Any = inputs[0]
+    if _autocasts(x.device.type):
+        (x,) = autocast(x.device.type, x)
+    return x.new_empty(len(x), 0), x.new_empty(len(x), 0, dtype=torch.int64)
 
 
 def check_rate(where: str, argument: str, value: float) -> float:

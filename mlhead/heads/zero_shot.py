@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from .. import _check
@@ -143,6 +144,7 @@ class ZeroShotMLDecoder(AttentionHead):
             self.class_proj = nn.Linear(E, W, bias=False, **options)
         self.duplicate_pooling_bias = nn.Parameter(torch.empty(1, **options))
         self._used: str | None = None
+        self._in_call = False  # whether the parameters are those that a sharded call puts in their place
         self.banks = WordBanks(W, J, self.duplicate_pooling_bias)
         for name, vectors in banks.items():
             self.set_bank(name, vectors)
@@ -340,6 +342,15 @@ class ZeroShotMLDecoder(AttentionHead):
         Returns:
             (B, C); in training with random queries (B, C + R), unless there are targets.
         """
+        if self._shards is not None and not self._in_call:
+            given = {"pre_logits": pre_logits, "sample_weight": sample_weight, "ignore": ignore, "key_mask": key_mask}
+            if word_vectors is not None:
+                given["word_vectors"] = self._shards.sum_gradients(word_vectors)
+            self._in_call = True
+            try:
+                return functional_call(self, self._shards.summed(self), (features, targets), given)
+            finally:
+                self._in_call = False
         options = self._options(targets, pre_logits, sample_weight, ignore)
         memory = self._memory(features)
         classes, shard = self._classes(word_vectors, augment=True), self._call_shard(word_vectors)

@@ -2,5 +2,6 @@
 
 from ._clip import clip_grad_norm_
 from ._style import class_parameters, parallelize_head
+from ._traffic import Move, StepTraffic, step_traffic
 
-__all__ = ["class_parameters", "clip_grad_norm_", "parallelize_head"]
+__all__ = ["Move", "StepTraffic", "class_parameters", "clip_grad_norm_", "parallelize_head", "step_traffic"]

@@ -55,8 +55,11 @@ def all_rows(x: Tensor, group: Group) -> Tensor:
 
 def _own_rows_of_sum(x: Tensor, group: Group) -> Tensor:
     """Of the rows of the sum those of this device."""
-    flat = _flat(x)
-    out = flat.new_empty(flat.shape[0] // dist.get_world_size(group), *flat.shape[1:])
+    flat, N = _flat(x), dist.get_world_size(group)
+    if dist.get_backend(group) == "gloo":
+        # Its reduce-scatter sends twice as much: what an all-reduce does.
+        return _like(_exchange(flat.unflatten(0, (N, -1)), group).sum(0), x)
+    out = flat.new_empty(flat.shape[0] // N, *flat.shape[1:])
     _reduce_scatter(out, flat, group=group)
     return _like(out, x)
 

@@ -67,8 +67,17 @@ class ClassShards:
             return parameter.to_local()  # type: ignore[attr-defined]
         return _Local.apply(parameter, self.data)
 
+    def _check_batch(self, x: Tensor) -> None:
+        """Raises where a device has more images than another; a GPU would have to be waited for to find out."""
+        if not self.own_images or x.device.type != "cpu":
+            return
+        sizes = all_rows(torch.tensor([len(x)]), self.group).tolist()
+        if len(set(sizes)) > 1:
+            _check.fail("parallelize_head", "features", "of as many images on every device", sizes)
+
     def enter(self, x: Tensor) -> Tensor:
         """Features of the images of the class group, for use with the classes that are here."""
+        self._check_batch(x)
         return GatherRows.apply(x, self.group) if self.own_images else SumGradients.apply(x, self.group)
 
     def enter_mask(self, mask: Tensor | None) -> Tensor | None:
@@ -77,6 +86,7 @@ class ClassShards:
 
     def enter_groups(self, h: Tensor) -> Tensor:
         """Embeddings (B, G, E) of the images of the class group, of the groups that are here."""
+        self._check_batch(h)
         if self.own_images:
             return RowsToShards.apply(h, self.own_blocks, self.blocks_each, self.group)
         return OwnColumns.apply(h, self.first_block, self.own_blocks, self.blocks_each, self.group)
@@ -109,7 +119,8 @@ class ClassShards:
             if options.get(name) is not None:
                 letters = "(B,)" if name == "sample_weight" else "(C,)"
                 _check.check_shape(where, name, options[name], letters, (size,))
-        targets, ignore = (_targets.own_classes(t, self.first, self.stop, self.size, group) for t in (targets, ignore))
+        own = self.first, self.stop, self.size, dtype, group
+        targets, ignore = (_targets.own_classes(t, *own) for t in (targets, ignore))
         mean = options.pop("reduction", "mean") == "mean"
         factor = 1.0 / max(1, batch if kind == "softmax" else batch * C) if mean else 1.0
         weight = options.pop("sample_weight", None)
@@ -119,7 +130,7 @@ class ClassShards:
         if weight is None:
             weight = torch.full((batch,), factor, dtype=dtype, device=x.device)
         else:
-            weight = weight * factor
+            weight = weight.to(dtype) * factor
         for name in ("class_weight", "pos_weight"):
             if options.get(name) is not None:
                 options[name] = options[name][self.first : self.stop]
@@ -128,8 +139,8 @@ class ClassShards:
             if smoothing:
                 targets, options["label_smoothing"] = _smoothed(targets, smoothing, self.own / C, dtype)
             options["class_group"] = self.group.group_name
-        own = run(targets, **options, ignore=ignore, reduction="sum", sample_weight=weight)
-        return own if kind == "softmax" else Sum.apply(own, self.group)
+        loss = run(targets, **options, ignore=ignore, reduction="sum", sample_weight=weight)
+        return loss if kind == "softmax" else Sum.apply(loss, self.group)
 
     def topk(self, k: int, found: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """The k best of the best of every device, for this device's images; `found` has at most k classes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -54,7 +55,8 @@ def parallelize_head(head: Any, mesh: DeviceMesh, *, input_layouts: Placement | 
         ValueError: The head is sharded already, or has fewer groups of word vectors than there are devices.
 
     Numerics:
-        Those of the head, but for the order in which the gradient of the features and the loss are summed.
+        Those of the head, but for the order in which the gradient of the features and the loss are summed; under
+        autocast each device rounds its part of that gradient to 16 bits.
     """
     if not isinstance(head, (GAPHead, CSRAHead, DecoderHead, ZeroShotMLDecoder)):
         _check.fail(WHERE, "head", "a head of mlhead.heads", type(head).__name__, TypeError)
@@ -77,30 +79,31 @@ def parallelize_head(head: Any, mesh: DeviceMesh, *, input_layouts: Placement | 
     elif isinstance(head, DecoderHead):
         G, _, J = head.duplicate_pooling.shape
         head._shards = ClassShards(mesh, own_images, C, G, J)
-        _distribute(head, "duplicate_pooling", mesh, 0)
         # In the form of the weight's groups, so that both are cut at the same places.
         bias = head.duplicate_pooling_bias.detach()
         rows = torch.cat([bias, bias.new_zeros(G * J - C)]).view(G, J)
         head.duplicate_pooling_bias = nn.Parameter(rows, head.duplicate_pooling_bias.requires_grad)
-        _distribute(head, "duplicate_pooling_bias", mesh, 0)
+        _distribute(head, ("duplicate_pooling", "duplicate_pooling_bias"), mesh, 0)
     else:
-        owner, dim = (head.fc, 0) if isinstance(head, GAPHead) else (head, 1)
         head._shards = ClassShards(mesh, own_images, C, C, 1)
-        for name in ("weight", "bias"):
-            if getattr(owner, name) is not None:
-                _distribute(owner, name, mesh, dim)
+        prefix, dim = ("fc.", 0) if isinstance(head, GAPHead) else ("", 1)
+        names = [prefix + name for name in ("weight", "bias")]
+        _distribute(head, [name for name, _ in head.named_parameters() if name in names], mesh, dim)
     return head
 
 
-def _distribute(module: nn.Module, name: str, mesh: DeviceMesh, dim: int) -> None:
-    """Replaces a parameter by one that is sharded over axis `dim`."""
-    parameter = getattr(module, name)
-    whole = distribute_tensor(parameter.detach(), mesh, placements(mesh, dim))
-    setattr(module, name, nn.Parameter(whole, parameter.requires_grad))
+def _distribute(head: Head, names: Sequence[str], mesh: DeviceMesh, dim: int) -> None:
+    """Replaces parameters by such that are sharded over axis `dim`."""
+    head._class_parameters = tuple(names)
+    for name in names:
+        parameter = head.get_parameter(name)
+        whole = distribute_tensor(parameter.detach(), mesh, placements(mesh, dim))
+        owner, _, own_name = name.rpartition(".")
+        setattr(head.get_submodule(owner), own_name, nn.Parameter(whole, parameter.requires_grad))
 
 
 def class_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters of all sharded heads in a module that lie over several devices, by their names in it.
+    """The parameters of all sharded heads in a module of which each device has its classes, by their names in it.
 
     DDP has to leave them out: `DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model,
     class_parameters(model))`; so has FSDP2: `fully_shard(model, ignored_params=set(class_parameters(model).values()))`.
@@ -108,7 +111,6 @@ def class_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
     found = {}
     for prefix, head in module.named_modules():
         if isinstance(head, Head) and head._shards is not None:
-            for name, parameter in head.named_parameters():
-                if hasattr(parameter, "device_mesh"):
-                    found[f"{prefix}.{name}".removeprefix(".")] = parameter
+            for name in head._class_parameters:
+                found[f"{prefix}.{name}".removeprefix(".")] = head.get_parameter(name)
     return found

@@ -46,8 +46,8 @@ def columns(targets: SparseTargets, first: int, stop: int) -> SparseTargets:
     return SparseTargets(targets.indices[inside] - first, before[targets.offsets], values, stop - first)
 
 
-def all_images(targets: SparseTargets, group: Group) -> SparseTargets:
-    """The targets of the images of all devices, one device's after another's."""
+def all_images(targets: SparseTargets, dtype: torch.dtype, group: Group) -> SparseTargets:
+    """The targets of the images of all devices, one device's after another's; their values in `dtype`."""
     N, device = dist.get_world_size(group), targets.indices.device
     own = torch.tensor([targets.batch, len(targets.indices), targets.values is not None], device=device)
     sizes = all_rows(own.unsqueeze(0), group).tolist()
@@ -63,18 +63,21 @@ def all_images(targets: SparseTargets, group: Group) -> SparseTargets:
     offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     values = None
     if any(has for _, _, has in sizes):
-        ones = torch.ones(len(targets.indices), device=device)
-        values = gathered(ones if targets.values is None else targets.values.float())
+        ones = torch.ones(len(targets.indices), dtype=dtype, device=device)
+        values = gathered(ones if targets.values is None else targets.values.to(dtype))
     assert len(lengths) == N * targets.batch
     return SparseTargets(gathered(targets.indices), offsets, values, targets.num_classes)
 
 
-def own_classes(targets: Any, first: int, stop: int, size: int, group: Group | None) -> Any:
-    """Targets, or a mask, of the classes [first, stop) of the images of all devices of `group`; None: of these."""
+def own_classes(targets: Any, first: int, stop: int, size: int, dtype: torch.dtype, group: Group | None) -> Any:
+    """Targets, or a mask, of the classes [first, stop) of the images of all devices of `group`; None: of these.
+
+    `dtype` is what the values of sparse targets travel in.
+    """
     if targets is None:
         return None
     if isinstance(targets, SparseTargets):
-        return columns(targets if group is None else all_images(targets, group), first, stop)
+        return columns(targets if group is None else all_images(targets, dtype, group), first, stop)
     if group is None:
         return targets[:, first:stop]
     wire = targets.to(torch.uint8) if targets.dtype == torch.bool else targets

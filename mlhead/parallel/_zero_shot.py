@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 from torch import Tensor
@@ -10,7 +9,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from .. import _check
 from ..heads import ZeroShotMLDecoder
-from ._moves import all_rows, all_sum
+from ._moves import SumGradients, all_rows
 from ._shards import ClassShards
 
 
@@ -19,6 +18,7 @@ class BankShards:
 
     def __init__(self, mesh: DeviceMesh, own_images: bool) -> None:
         self.mesh, self.own_images = mesh, own_images
+        self._group = ClassShards(mesh, own_images, 1, 1, 1).group
         self._known: dict[tuple[int, int], ClassShards] = {}
 
     def __deepcopy__(self, memo: Any) -> BankShards:
@@ -36,6 +36,18 @@ class BankShards:
             self._known[key] = made
         return self._known[key]
 
+    def summed(self, head: ZeroShotMLDecoder) -> dict[str, Tensor]:
+        """By name, what decodes the queries: each device does so for its classes, and the gradient is all devices'."""
+        return {
+            name: self.sum_gradients(parameter)
+            for name, parameter in head.named_parameters()
+            if not name.startswith("embed_standart.")  # it makes the memory, before
+        }
+
+    def sum_gradients(self, x: Tensor) -> Tensor:
+        """A tensor that all devices have, and whose gradient is the sum of theirs."""
+        return SumGradients.apply(x, self._group)
+
     def whole(self, rows: Tensor, num_classes: int, group_size: int) -> Tensor:
         """A bank (C, W) of the parts that the devices have."""
         shard = self.of(num_classes, group_size)
@@ -45,7 +57,7 @@ class BankShards:
 
 
 def shard_zero_shot(head: ZeroShotMLDecoder, mesh: DeviceMesh, own_images: bool) -> None:
-    """Cuts the banks, and has the gradient of what decodes the queries summed over the devices."""
+    """Cuts the banks."""
     shards, banks = BankShards(mesh, own_images), head.banks
     whole = {name: banks.whole(name) for name in banks.sizes}
     for vectors in whole.values():
@@ -53,8 +65,3 @@ def shard_zero_shot(head: ZeroShotMLDecoder, mesh: DeviceMesh, own_images: bool)
     banks.shards = head._shards = shards
     for name, vectors in whole.items():
         banks.put(name, vectors)
-    group = ClassShards(mesh, own_images, 1, 1, 1).group
-    for name, parameter in head.named_parameters():
-        # Each device decodes some classes. The memory is made for all of them, before.
-        if not name.startswith("embed_standart."):
-            parameter.register_hook(functools.partial(all_sum, group=group))
