@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -35,6 +36,13 @@ LARGEST_LOG = 4 << 20
 OTHERS: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "overhead": ("host overhead", 0.1, ("--compile", "none")),
     "end_to_end": ("end to end", 0.15, ("--backbone", "resnet50", "vit_base_patch16_224", "--seconds-each", "0.5")),
+}
+
+# Against plain torch a little of each op, then all the rest of it, then what there is time for with torch.compile.
+BENCHMARKS = {
+    "quick benchmarks": ("--quick", "--compile", "none"),
+    "benchmarks": ("--compile", "none", "--resume"),
+    "benchmarks with torch.compile": ("--compile", "default", "--dtype", "bf16"),
 }
 
 
@@ -163,23 +171,14 @@ def check_parts(out: Path, until: float, dry: bool) -> list[Part]:
     return parts
 
 
-def benchmark_parts(out: Path, until: float, dry: bool) -> list[Part]:
-    """First everything against plain torch, then, in the time that is left, with torch.compile too."""
+def benchmark_part(name: str, out: Path, until: float, dry: bool) -> Part:
+    """One of BENCHMARKS; they share a results file and a log."""
     command = [sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--out", str(out / "results.jsonl")]
+    command += BENCHMARKS[name]
     if dry:
-        return [Part("benchmark groups", [*command, "--list"], out / "benchmark.log", until, {})]
-    minutes = max(0.1, (until - time.monotonic() - 20) / 60)
-    limits = ["--minutes", f"{minutes:.2f}", "--compile"]
-    plain = Part("benchmarks", [*command, *limits, "none"], out / "benchmark.log", until, {}, stoppable=True)
-    return [plain]
-
-
-def compiled_part(out: Path, until: float) -> Part:
-    """The same with torch.compile among the baselines."""
-    command = [sys.executable, "-m", "benchmarks.run", "--device", "cuda", "--out", str(out / "results.jsonl")]
-    minutes = max(0.1, (until - time.monotonic() - 30) / 60)
-    command += ["--minutes", f"{minutes:.2f}", "--compile", "default", "--dtype", "bf16"]
-    return Part("benchmarks with torch.compile", command, out / "benchmark.log", until, {}, stoppable=True)
+        return Part(name, [*command, "--list"], out / "benchmark.log", until, {})
+    minutes = max(0.1, (until - time.monotonic() - 25) / 60)
+    return Part(name, [*command, "--minutes", f"{minutes:.2f}"], out / "benchmark.log", until, {}, stoppable=True)
 
 
 def head_part(out: Path, until: float, dry: bool) -> Part:
@@ -230,8 +229,8 @@ def summary(parts: list[Part], out: Path) -> str:
     unreached = [f"  {p.name}: {p.note}" for p in parts if p.status == "not reached"]
     log = out / "benchmark.log"
     if log.is_file():
-        text = log.read_text(errors="replace")
-        unreached += text.split("Not reached:\n", 1)[1].splitlines()[:40] if "Not reached:\n" in text else []
+        lists = re.findall(r"^Not reached:\n((?:  .*\n?)+)", log.read_text(errors="replace"), re.M)
+        unreached += list(dict.fromkeys(line for text in lists for line in text.splitlines()))[:40]
     for title, found in (("Fell short:", short), ("Not reached:", unreached)):
         lines += ["", title, *(found or ["  nothing"])]
     return "\n".join(lines) + "\n"
@@ -283,9 +282,9 @@ def main(arguments: list[str] | None = None) -> int:
             for module, (name, share, settings) in OTHERS.items():
                 until = time.monotonic() + share * (end - time.monotonic())
                 run(command_part(name, module, out, until, dry, *settings))
-            run(*benchmark_parts(out, end - 5, dry))
-            if not dry and end - time.monotonic() > 60:
-                run(compiled_part(out, end - 5))
+            for name in list(BENCHMARKS)[: 2 if dry else None]:  # the third has no groups of its own
+                # In less than a minute no row is made.
+                run(benchmark_part(name, out, end - 5 if dry or end - time.monotonic() > 60 else 0.0, dry))
     gather_logs(out)
     (out / "report.txt").write_text(summary(parts, out))
     print((out / "report.txt").read_text())

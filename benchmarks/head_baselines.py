@@ -1,15 +1,43 @@
-"""ML-Decoder heads of plain torch with the parameters of an mlhead head, for comparison.
+"""Heads of plain torch with the parameters of an mlhead head, for comparison.
 
-Both follow ML-Decoder, Fig. 3 and App. L: post-norm, one layer, dropout in training for each image.
+Those of ML-Decoder follow its Fig. 3 and App. L: post-norm, one layer, dropout in training for each image.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mlhead import MLDecoder
+from mlhead import CSRAHead, MLDecoder
+
+from .baselines import Baseline
+
+
+class PlainHead(nn.Module):
+    """A function of a head of mlhead, whose parameters it takes, and of features."""
+
+    def __init__(self, head: nn.Module, function: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.head, self.function = head, function
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Logits (B, C)."""
+        return self.function(self.head, features)
+
+
+def _csra_logits(pool: Baseline, head: CSRAHead, features: Tensor) -> Tensor:
+    options: dict[str, Any] = {"temperatures": head.temperatures, "lam": head.lam, "normalize": head.normalize}
+    return pool(features, head.weight, head.bias, average=1.0, **options)
+
+
+def plain_csra(head: CSRAHead, pool: Baseline) -> PlainHead:
+    """A CSRA head, of maps or tokens, by a baseline of csra_pool."""
+    return PlainHead(head, partial(_csra_logits, pool))
 
 
 class PlainDecoder(nn.Module):

@@ -1,4 +1,4 @@
-"""What every row says about where it was measured: device, driver, versions, commit."""
+"""What every row says about where it was measured: device, driver, versions, commit, and in which run."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import subprocess
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from secrets import token_hex
 from typing import Any
 
 import torch
 
+RUN = token_hex(4)  # of this process
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -48,7 +50,7 @@ def commit() -> dict[str, Any]:
 
 @cache
 def facts(device: str) -> dict[str, Any]:
-    """Device, driver, versions and commit, as they go into every row."""
+    """Device, driver, versions, commit and run, as they go into every row."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "triton": _version("triton")}
     if device == "cuda":
         properties = torch.cuda.get_device_properties(0)
@@ -63,7 +65,7 @@ def facts(device: str) -> dict[str, Any]:
         versions["cuda"] = torch.version.cuda
     else:
         about = {"device": _cpu_name(), "threads": torch.get_num_threads()}
-    return {**about, "versions": versions, **commit()}
+    return {**about, "versions": versions, **commit(), "run": RUN}
 
 
 def slug(device: str) -> str:

@@ -239,7 +239,7 @@ def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="python -m benchmarks.model", description=__doc__.splitlines()[0])
     add = result.add_argument
-    add("--op", action="append", choices=OPS, help="default: all; the losses' kernels are those of group_fc_loss")
+    add("--op", action="append", choices=OPS, help="default: all")
     add("--workload", action="append", help="default: all")
     add("--target", action="append", choices=DEVICES, help="default: sm_90")
     add("--dtype", choices=ELEMENT_BYTES, default="bf16")

@@ -12,36 +12,14 @@ from torch import Tensor, nn
 from mlhead import CSRAHead, GAPHead, MLDecoder, TransformerDecoder, ZeroShotMLDecoder
 
 from .baselines import csra_pool_matmul
-from .head_baselines import RewrittenDecoder
+from .head_baselines import PlainHead, RewrittenDecoder, plain_csra
 
 # `small` as the ops have it; the feed-forward layer is relu_dropout's.
 B, L, D, E, G, C, FEEDFORWARD, WORDS = 2, 49, 512, 256, 20, 20, 2048, 300
 
 
-class PlainGAP(nn.Module):
-    """A GAP head of plain torch with the parameters of ours."""
-
-    def __init__(self, head: GAPHead) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits (B, C) of maps (B, D, height, width)."""
-        return F.linear(features.mean((2, 3)), self.head.fc.weight, self.head.fc.bias)
-
-
-class PlainCSRA(nn.Module):
-    """A CSRA head of plain torch, one product for all heads, with the parameters of ours."""
-
-    def __init__(self, head: CSRAHead) -> None:
-        super().__init__()
-        self.head = head
-
-    def forward(self, features: Tensor) -> Tensor:
-        """Logits (B, C) of maps (B, D, height, width)."""
-        head = self.head
-        options: dict[str, Any] = {"temperatures": head.temperatures, "lam": head.lam, "normalize": head.normalize}
-        return csra_pool_matmul(features, head.weight, head.bias, average=1.0, **options)
+def _gap_logits(head: GAPHead, features: Tensor) -> Tensor:
+    return F.linear(features.mean((2, 3)), head.fc.weight, head.fc.bias)
 
 
 class PlainQueries(RewrittenDecoder):
@@ -99,12 +77,12 @@ def _transformer(device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]
 
 def _gap(device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     head = GAPHead(D, C, device=device, dtype=dtype)
-    return head, PlainGAP(head)
+    return head, PlainHead(head, _gap_logits)
 
 
 def _csra(device: str, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
     head = CSRAHead(D, C, device=device, dtype=dtype)
-    return head, PlainCSRA(head)
+    return head, plain_csra(head, csra_pool_matmul)
 
 
 # Each gives a head and its rewrite in plain torch, which holds the same parameters.

@@ -28,6 +28,7 @@ from .pages.rows import (
     in_order,
     is_gpu,
     kind_of,
+    median,
     missing,
     newest,
     provider_rank,
@@ -68,16 +69,36 @@ def _one_dtype(rows: list[Row]) -> list[Row]:
     return [row for row in rows if row["dtype"] == first]
 
 
-def _op_pictures(slug: str, device: str, ops: dict[str, list[Row]]) -> tuple[list[Picture], list[str]]:
+def _step_panels(memory: list[Row], value: Callable[[Row], float]) -> dict[str, plot.Panel]:
+    """A value of training steps with the loss in the head against the number of classes, a panel for each loss."""
+    panels: dict[str, dict[str, dict[str, float]]] = {}
+    for row in memory:
+        dims = row["dims"]
+        sizes = f"B={dims['batch']}, G={dims['groups']}, E={dims['width']}"
+        panel = panels.setdefault(f"{row['memory']}, fp32, a training step, {row['loss']}, {sizes}", {})
+        panel.setdefault(f"C={dims['classes']:,}", {})[row["provider"]] = value(row)
+    return dict(panels)
+
+
+def _step_ms(row: Row) -> float:
+    return 1e3 * median(row["seconds"]) / row["dims"]["batch"]
+
+
+def _op_pictures(
+    slug: str, device: str, ops: dict[str, list[Row]], memory: list[Row]
+) -> tuple[list[Picture], list[str]]:
     made: list[Picture] = []
     lacking: list[str] = []
     panels: dict[str, plot.Panel] = {}
     without: list[str] = []
     used: list[Row] = []
     for op in (name for name, case in CASES.items() if any("C" in dims for dims in case.workloads.values())):
-        mine = plot.class_rows(ops.get(op, []))
+        mine, steps = plot.class_rows(ops.get(op, [])), [r for r in memory if r["memory"] == op and r["seconds"]]
+        shown = {name: panel for name, panel in _step_panels(steps, _step_ms).items() if len(panel) > 1}
+        panels |= shown
+        used += steps if shown else []
         if not mine:
-            without.append(f"`{op}`")
+            without += [] if shown else [f"`{op}`"]
             continue
         same = (f"{name}={size}" for name, size in mine[0]["dims"].items() if name not in plot.FREE_SIZES)
         used += mine
@@ -102,18 +123,12 @@ def pictures(device: str, rows: list[Row]) -> tuple[list[Picture], list[str]]:
     slug = re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
     both = in_order([row for row in rows if kind_of(row) == "op" and row["pass"] == "both" and timed(row)])
     ops = {op: _one_dtype([row for row in both if row["op"] == op]) for op in sorted({row["op"] for row in both})}
-    made, lacking = _op_pictures(slug, device, ops)
-
-    panels: dict[str, tuple[str, plot.Panel]] = {}
     memory = [row for row in rows if kind_of(row) == "memory"]
     memory.sort(key=lambda r: (r["loss"], r["dims"]["classes"], str(r["dims"]), provider_rank(r["provider"])))
-    steps: dict[str, dict[str, float]] = {}
-    for row in memory:
-        dims = row["dims"]
-        label = f"{row['loss']}, C={dims['classes']:,}\nB={dims['batch']} G={dims['groups']} E={dims['width']}"
-        steps.setdefault(label, {})[row["provider"]] = row["peak_mib"]
-    if steps:
-        panels["a training step with the loss in the head, beyond weight and gradient"] = ("MiB", steps)
+    made, lacking = _op_pictures(slug, device, ops, memory)
+
+    steps = _step_panels(memory, lambda row: row["peak_mib"])
+    panels = {f"{name}, beyond weight and gradient": ("MiB", panel) for name, panel in steps.items()}
     for op, mine in ops.items():
         panel = plot.class_panel(plot.class_rows(mine), "peak_mib", False)
         if panel:

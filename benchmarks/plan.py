@@ -43,7 +43,7 @@ QUICK: dict[str, dict[str, tuple[str, ...]]] = {
     "dropout_add_layer_norm": {"cpu": ("openimages-16",), "cuda": ("imagenet",)},
     "relu_dropout": {"cpu": ("openimages-16",), "cuda": ("imagenet",)},
     "group_fc_loss": {"cpu": ("openimages-64", "small"), "cuda": ("openimages", "million")},
-    "csra_loss": {"cpu": ("openimages-4", "small"), "cuda": ("openimages", "small")},
+    "csra_loss": {"cpu": ("coco-8", "small"), "cuda": ("openimages", "small")},
 }
 CPU_FLOPS = {False: 32e9, True: 6e9}
 CPU_ELEMENTS = 1 << 26

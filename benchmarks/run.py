@@ -1,6 +1,6 @@
 """`make bench`: verify, then time every op against its baselines, forward, backward and both.
 
-    python -m benchmarks.run --quick                     under two minutes on 2 CPU cores
+    python -m benchmarks.run --quick                     under two minutes: begins no group after the first 1.5
     python -m benchmarks.run --op group_fc --workload openimages-64 --dtype fp32
 
 Every provider (the backends of mlhead, the papers' formulations, plain torch, torch.compile) is first compared with
@@ -12,6 +12,7 @@ workloads are divided by factors that the rows state.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -200,7 +201,7 @@ def run_group(group: Group, device: str, options: argparse.Namespace) -> list[Ro
 @contextmanager
 def progress(total: int) -> Iterator[Callable[[str | None], None]]:
     """A bar on a terminal, lines elsewhere; to be called with what begins, and with None when it ended."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and importlib.util.find_spec("tqdm"):
         from tqdm import tqdm
 
         with tqdm(total=total, unit="group", dynamic_ncols=True) as bar:
@@ -236,8 +237,8 @@ def parser() -> argparse.ArgumentParser:
     add("--backend", action="append", choices=_backend.BACKENDS, help="default: all that run here")
     add("--compile", action="append", choices=("none", "default", "max-autotune"), help="default: default on a GPU")
     add("--seconds-each", type=float, help="time for one provider and pass")
-    add("--least", type=int, default=5, help="fewest samples")
-    add("--minutes", type=float, help="begin no further group after this time")
+    add("--least", type=int, help="fewest samples; default: 5, with --quick 3")
+    add("--minutes", type=float, help="begin no further group after this time; default with --quick: 1.5")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="results file; default: benchmarks/results/<device>/<commit>.jsonl")
     add("--resume", action="store_true", help="leave out groups that the results file already has for this commit")
@@ -255,6 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
     default_mode = ["default"] if device == "cuda" and not options.quick else []
     options.compile = [m for m in options.compile if m != "none"] if options.compile else default_mode
     options.seconds_each = options.seconds_each or (0.25 if options.quick or device == "cuda" else 1.0)
+    options.least = options.least or (3 if options.quick else 5)
+    options.minutes = options.minutes or (1.5 if options.quick else None)
     todo = groups(device, options.quick, options.op, options.workload, options.dtype, options.dims)
     if options.list:
         print("\n".join(group.title() for group in todo))
@@ -265,6 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
     path = options.out or machine.results_file(device)
     facts = machine.facts(device)
     there = {(r["title"], r["commit"], r["dirty"]) for r in op_rows(path)} if options.resume else set()
+    todo = [group for group in todo if (group.title(), facts["commit"], facts["dirty"]) not in there]
     print(machine.banner(device))
     print(f"rows go to {path}", flush=True)
 
@@ -272,9 +276,6 @@ def main(arguments: list[str] | None = None) -> int:
     unreached = []
     with progress(len(todo)) as step:
         for group in todo:
-            if (group.title(), facts["commit"], facts["dirty"]) in there:
-                step(None)
-                continue
             if options.minutes and time.monotonic() - began > 60 * options.minutes:
                 unreached.append(group.title())
                 continue

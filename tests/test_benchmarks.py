@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
@@ -11,7 +12,8 @@ import time
 import pytest
 import torch
 
-from benchmarks import baselines, gpu_check, limits, plan, plot, records, report, run, touch, verify
+from benchmarks import baselines, gpu_check, limits, machine, memory, plan, plot, records, report, run, touch, verify
+from mlhead._resident import peak
 from mlhead.testing import CASES
 
 TINY = ["--device", "cpu", "--op", "group_fc", "--dims", "B=3,G=4,E=8,C=10", "--seconds-each", "0.002", "--least", "2"]
@@ -41,6 +43,7 @@ def test_rows_are_complete(tmp_path, capsys):
         assert all(0 <= e["error"] <= e["budget"] for e in row["errors"].values())
         for key in ("device", "commit", "dirty", "threads", "copy_gbps", "gemm_tflops", "dims", "scale", "verified_at"):
             assert key in row
+        assert row["run"] == machine.RUN
         assert row["versions"]["torch"] == torch.__version__
     text = capsys.readouterr().out
     assert "torch: bmm" in text
@@ -104,8 +107,71 @@ def test_results_are_appended_and_resumed(tmp_path, capsys):
     run.main([*TINY, "--dtype", "fp64", "--out", str(out), "--resume"])
     assert out.read_text().startswith(first)
     assert {row["dtype"] for row in records.read_rows(out)} == {"fp32", "fp64"}
+    capsys.readouterr()
+    run.main([*TINY, "--dtype", "fp32", "--dtype", "fp16", "--out", str(out), "--resume"])
+    assert "[1/1] group_fc custom fp16" in capsys.readouterr().err  # what is there does not enter the time left
     run.main([*TINY, "--minutes", "1e-9", "--out", str(out)])
     assert "Not reached:\n  group_fc custom fp32" in capsys.readouterr().out
+
+
+def test_quick_is_bounded(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(run, "run_group", lambda group, device, options: asked.append((group, options)) or [])
+    quick = ["--device", "cpu", "--quick", "--out", str(tmp_path / "rows.jsonl")]
+    assert run.main(quick) == 0
+    assert {group.op for group, _ in asked} == set(CASES)
+    assert {(o.minutes, o.least, o.seconds_each) for _, o in asked} == {(1.5, 3, 0.25)}
+    asked.clear()
+    assert run.main([*quick, "--op", "group_fc", "--minutes", "7", "--least", "2"]) == 0
+    assert {(o.minutes, o.least) for _, o in asked} == {(7.0, 2)}
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_progress_says_how_long_it_will_take(monkeypatch, terminal):
+    stream = io.StringIO()
+    monkeypatch.setattr(stream, "isatty", lambda: terminal, raising=False)
+    monkeypatch.setattr(sys, "stderr", stream)
+    monkeypatch.setattr(run.importlib.util, "find_spec", lambda name: None)  # no tqdm
+    clock = iter([0.0, 61.0])
+    monkeypatch.setattr(run.time, "monotonic", lambda: next(clock))
+    with run.progress(3) as step:
+        for title in ("first", None, "second"):
+            step(title)
+    assert stream.getvalue() == "[1/3] first\n[2/3, about 2:02 left] second\n"
+
+
+def test_memory_rows_are_complete(tmp_path, monkeypatch, capsys):
+    asked = []
+
+    def measured(settings):
+        asked.append((settings["classes"], settings["loss"], settings["provider"]))
+        return float(len(asked)), [0.5, 0.25, 1.0]
+
+    monkeypatch.setattr(memory, "measure", measured)
+    out = tmp_path / "rows.jsonl"
+    assert memory.main(["--classes", "2000", "500", "--turns", "2", "--out", str(out)]) == 0
+    turn = list(memory.PROVIDERS)
+    sizes = [(classes, loss) for classes in (500, 2000) for loss in ("bce", "asl")]
+    assert asked == [(*size, provider) for size in sizes for provider in turn + turn]
+    rows = records.read_rows(out)
+    assert [(r["dims"]["classes"], r["loss"], r["provider"]) for r in rows] == [(*s, p) for s in sizes for p in turn]
+    for i, row in enumerate(rows):
+        assert row["peak_mib"] == 6 * (i // 3) + i % 3 + 4  # the larger of two turns
+        assert row["seconds"] == [0.25, 0.25, 0.5, 0.5, 1.0, 1.0]
+        assert row["scale"] == {"width": 3, "batch": 8}
+        assert (row["memory"], row["run"]) == ("group_fc_loss", machine.RUN)
+    assert "     2,000 asl  torch: bmm" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        memory.main(["--classes", "150"])
+
+
+@pytest.mark.skipif(not peak(), reason="needs the peak of Linux's /proc")
+def test_memory_of_a_step_is_measured():
+    dims = {"width": 256, "batch": 64, "groups": 100, "classes": 100}  # so few that the step before is as large
+    most, seconds = memory.measure({**dims, "loss": "bce", "provider": "torch: bmm", "steps": 2, "seconds": 0.0})
+    gradient = 64 * 100 * 256 * 4 / 2**20  # of h; the product may need copies of h and of its gradient
+    assert gradient <= most < 4 * gradient
+    assert len(seconds) == 2
 
 
 @pytest.mark.parametrize("op", list(CASES))
@@ -198,14 +264,17 @@ def test_touch_checks_results(capsys, monkeypatch):
 
 
 def test_gpu_check_can_be_rehearsed(tmp_path, capsys):
-    assert gpu_check.main(["--dry-run", "--skip", "build", "--out", str(tmp_path), "--minutes", "2"]) == 0
+    assert gpu_check.main(["--dry-run", "--skip", "build", "--out", str(tmp_path), "--minutes", "4"]) == 0
     text = (tmp_path / "report.txt").read_text()
     assert text in capsys.readouterr().out
-    for part in ("machine", "CUDA conformance tests", "calls for the sanitizers", "benchmark groups"):
+    for part in ("machine", "CUDA conformance tests", "calls for the sanitizers", "quick benchmarks", "benchmarks"):
         assert any(line.startswith(part) and " passed " in line for line in text.splitlines()), part
     assert "Fell short:\n  nothing" in text
     assert "tests collected" in (tmp_path / "pytest.log").read_text()
-    assert "group_fc million bf16" in (tmp_path / "benchmark.log").read_text()
+    quick, full = (tmp_path / "benchmark.log").read_text().split("== ")[1:]
+    assert "group_fc_loss million bf16" in quick
+    assert "group_fc 3-million" not in quick
+    assert "group_fc 3-million fp16" in full
     assert len(list(tmp_path.iterdir())) <= 8
 
 
@@ -239,6 +308,9 @@ def test_gpu_check_goes_on_past_a_failing_part(tmp_path, monkeypatch):
     )
     assert "Not reached:\n  is late" in text
     assert "2 passed" in text
+    log = "== quick\n\nNot reached:\n  group_fc a\n  group_fc b\n== full\n\nNot reached:\n  group_fc b\n  csra c\nend\n"
+    (tmp_path / "benchmark.log").write_text(log)
+    assert gpu_check.summary(parts, tmp_path).endswith("  is late: \n  group_fc a\n  group_fc b\n  csra c\n")
 
 
 def test_gpu_check_needs_a_gpu(tmp_path, monkeypatch, capsys):

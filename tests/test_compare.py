@@ -9,7 +9,7 @@ import torch
 from op_matrix import CASES, OpCase
 from torch import Tensor
 
-from mlhead.testing import check, grade, oracle
+from mlhead.testing import Sample, check, grade, oracle, plain_torch
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -99,6 +99,30 @@ def test_a_partial_sum_kept_in_16_bits_is_rejected(dtype: torch.dtype, every: in
     exact, plain = oracle(sample)["out"], sample.run("reference")["out"]
     assert grade(plain, exact, plain).problem is None
     assert grade(running.flatten(1)[:, : exact.shape[1]], exact, plain).problem is not None
+
+
+def test_the_error_of_a_few_numbers_is_typical(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A loss has the largest relative error of eight samples, of which none is computed twice."""
+    case = CASES["group_fc_loss"]
+    sample = case.make(case.shapes[4], torch.float32, "cpu", 0)
+    runs, real = [], Sample.run
+
+    def counted(self: Sample, backend: str | None = None) -> dict[str, Tensor]:
+        runs.append((self.dout.dtype, float(self.dout)))
+        return real(self, backend)
+
+    monkeypatch.setattr(Sample, "run", counted)
+    plain = plain_torch(sample)
+    assert len(runs) == 16
+    errors = []
+    for i in range(8):
+        near = sample.map(lambda t, factor=1.0 - 0.003 * i: t * factor)
+        exact = real(near.map(lambda t: t.double()), "reference")["out"]
+        errors.append(float((real(near, "reference")["out"].double() - exact).abs() / exact.abs()))
+    exact = oracle(sample)["out"]
+    found = float((plain["out"].double() - exact).abs() / exact.abs())
+    # Written as an fp32 number, half a unit of rounding off.
+    assert abs(found - max(errors)) <= torch.finfo(torch.float32).eps / 2
 
 
 def test_structural_zeros_must_be_exact() -> None:

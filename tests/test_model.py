@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 import torch
 from mlhead.kernels.group_fc import Tile
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import model, records, tune
 from benchmarks.cost import candidates, devices, launches, products, proposal, sites
 from benchmarks.cost.devices import ASSUMED, DEVICES, Resources, Work
 from benchmarks.cost.products import Problem
+from mlhead.ops import _csra_chunks
 from mlhead.testing import CASES, offline
 
 H100 = DEVICES["sm_90"]
@@ -102,6 +104,48 @@ def test_split_loops_count_their_parts():
     assert kernel.rounds == 4
     assert [w.kernel for w in rest] == ["sum of parts", "round"]
     assert rest[0].dram == 4 * 33 * 16 * 64
+
+
+@pytest.mark.parametrize("heads", [1, 6])
+@pytest.mark.parametrize("workload", CASES["csra_loss"].workloads)
+def test_chunks_of_csra_loss_are_those_of_the_op(workload, heads):
+    p = Problem({**CASES["csra_loss"].workloads[workload], "H": heads}, 2, H100)
+    B, L, D, H, C = (p[letter] for letter in "BLDHC")
+    with FakeTensorMode():
+        x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((B, L, D), (H, C, D)))
+        plan = _csra_chunks.chunk_plan(x, weight, _csra_chunks.fits_the_scratch(x, weight))
+    classes = max(1, plan.columns // H)
+    expected = sorted(
+        (min(plan.images, B - b), min(classes, C - c))
+        for b in range(0, B, plan.images) for c in range(0, C, classes)
+    )  # fmt: skip
+    assert sorted((b, n) for b, n, times in launches.csra_loss_chunks(p) for _ in range(times)) == expected
+
+
+def test_csra_loss_by_hand():
+    def counts(works, *kernels):
+        return [sum(w.times for w in works if w.kernel == kernel) for kernel in kernels]
+
+    names = ("product", "csra_pool_scores_kernel", "csra_pool_scores_backward_kernel", "class_loss_gradient_kernel")
+    names += ("class_loss_statistics_kernel",)
+    dims = CASES["csra_loss"].workloads["openimages"]
+    found = launches.passes("csra_loss", Problem(dims, 2, H100))  # five chunks
+    assert counts(found["forward"], *names) == [5, 5, 0, 5, 0]
+    assert counts(found["both"], *names) == [15, 5, 5, 5, 0]
+    found = launches.passes("csra_loss", Problem({**dims, "loss": "softmax"}, 2, H100))
+    assert counts(found["forward"], *names) == [5, 5, 0, 0, 5]
+    assert counts(found["both"], *names) == [20, 10, 5, 5, 5]  # the scores are made twice
+    one = {**CASES["csra_loss"].workloads["imagenet"], "C": 20}
+    found = launches.passes("csra_loss", Problem(one, 2, H100))
+    assert counts(found["both"], *names) == [3, 2, 1, 1, 1]  # but not where one chunk has them all
+    # Two of six heads, for some classes at a time, are copied together, and their gradient is copied back.
+    many = Problem({**dims, "H": 6}, 2, H100)
+    (copy,) = [w for w in launches.passes("csra_loss", many)["forward"] if w.kernel == "copy of classifiers"]
+    assert copy.dram == 2 * 2 * 6 * 9605 * 2048
+    assert counts(launches.passes("csra_loss", many)["both"], "copy of classifiers") == [2]
+    # Logits are fp32: four bytes read and four written of each.
+    (kernel,) = [w for w in launches.passes("csra_loss", Problem(dims, 2, H100))["forward"] if w.site == "loss_tile"]
+    assert kernel.programs * kernel.cache == pytest.approx(8 * 128 * 1921)
 
 
 @pytest.mark.parametrize("target", DEVICES)
@@ -233,8 +277,9 @@ def test_configurations_are_checked_and_timed(monkeypatch):
 def made_up(site: str, workload: str, key: dict, config, shipped: bool, times: tuple[float, float, float], **changes):
     p20, p50, p80 = times
     return {
-        "kind": "tune", "site": site, "workload": workload, "pass": "forward", "dtype": "bf16", "status": "ok",
-        "dims": {"B": 128}, "key": key, "config": vars(config), "written": tune.written(config), "shipped": shipped,
+        "kind": "tune", "site": site, "case": site.split(".")[0], "workload": workload, "pass": "forward",
+        "dtype": "bf16", "status": "ok", "dims": {"B": 128}, "key": key, "config": vars(config),
+        "written": tune.written(config), "shipped": shipped,
         "p20_ms": p20, "p50_ms": p50, "p80_ms": p80, "device": "a made-up GPU", "commit": "0123456789ab",
         "dirty": False, "versions": {"torch": "2.11.0", "triton": "3.6.0"}, **changes,
     }  # fmt: skip
@@ -307,21 +352,38 @@ def test_noise_and_losses_elsewhere_propose_nothing():
     worse = made_up(title, "openimages", FACTS, FAST, False, (0.2, 0.2, 0.2), **{"pass": "both"})
     assert proposal.proposals([shipped, clear, other, worse]) == []
     assert proposal.proposals([shipped, clear, other]) == []
+    # Or in another op that launches by the function: a workload of the same name is another place.
+    elsewhere = [{**row, "case": "another op", "pass": "forward"} for row in (other, worse)]
+    assert proposal.proposals([*elsewhere, shipped, clear]) == []
 
 
-def test_a_dry_run_compiles():
+@pytest.mark.parametrize(
+    ("op", "key", "sites_and_kernels"),
+    [
+        ("relu_dropout", "backward", {"relu_dropout.flat_tile": ["relu_dropout_backward_kernel"]}),
+        (
+            "csra_loss", "both",
+            {"csra_pool.pool_tile": ["csra_pool_scores_kernel", "csra_pool_scores_backward_kernel"],
+             "class_loss.loss_tile": ["class_loss_gradient_kernel"]},
+        ),
+    ],
+)  # fmt: skip
+def test_a_dry_run_compiles(op, key, sites_and_kernels):
     # The interpreter replaces the kernels when they are defined, so compilation needs a process of its own.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    arguments = "--op relu_dropout --workload small --pass backward --best 0 --neighbours 1 --dry-run --target sm_80"
+    arguments = f"--op {op} --workload small --pass {key} --best 0 --neighbours 1 --dry-run --target sm_80"
     command = [sys.executable, "-m", "benchmarks.tune", *arguments.split()]
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout + result.stderr
-    lines = result.stdout.splitlines()
-    assert lines[0].startswith("relu_dropout.flat_tile small bf16 backward")
-    assert lines[1].endswith("shipped")
-    assert "relu_dropout_backward_kernel: " in lines[1]
-    assert "0 B stack, 0 spills" in lines[1]
-    assert "2 of 2 candidates are left for sm_80" in result.stdout
+    blocks = result.stdout.strip().split("\n\n")
+    for block, (site, kernels) in zip(blocks, sites_and_kernels.items(), strict=True):
+        lines = block.splitlines()
+        assert lines[0].startswith(f"{site} small bf16 {key}")
+        assert lines[1].endswith("shipped")
+        for kernel in kernels:
+            assert f"{kernel}: " in lines[1]
+        assert lines[1].count("0 B stack, 0 spills") == len(kernels)
+        assert "2 of 2 candidates are left for sm_80" in block
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import baselines, end_to_end, overhead, overhead_heads, papers_heads, plain_backbones, records
+from benchmarks import baselines, end_to_end, machine, overhead, overhead_heads, papers_heads, plain_backbones, records
 from mlhead.testing import CASES
 
 
@@ -45,6 +45,7 @@ def assert_says_where(row):
     for key in ("device", "commit", "dirty", "threads", "time"):
         assert key in row
     assert row["versions"]["torch"] == torch.__version__
+    assert row["run"] == machine.RUN
 
 
 def test_rows_of_overhead_are_complete(tmp_path, capsys):

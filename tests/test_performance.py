@@ -318,6 +318,48 @@ def test_check_sees_what_differs(results, tmp_path, capsys):
     assert "performance.md is not what the rows give" in capsys.readouterr().err
 
 
+def test_steps_with_the_loss_in_the_head_are_drawn_against_the_classes():
+    few = [row for row in other_rows() if "memory" in row]
+    more = [
+        {**row, "dims": {**row["dims"], "classes": 1000}, "peak_mib": 2.0, "seconds": [0.032], "scale": {"width": 3}}
+        for row in few
+    ]
+    title = "group_fc_loss, fp32, a training step, bce, B=32, G=100, E=256"
+
+    def panels(rows):
+        made, lacking = performance.pictures("a CPU", page_rows.newest(rows))
+        return {file: draw.args[0] for file, _, draw in made}, "; ".join(lacking)
+
+    found, lacking = panels(few)
+    assert found["a-cpu-memory.png"] == {
+        f"{title}, beyond weight and gradient": ("MiB", {"C=1,000,000": {"mlhead: cpp": 10.0, "torch: bmm": 490.0}})
+    }
+    assert "a-cpu-classes.png" not in found
+    assert "`group_fc_loss`, `csra_loss`: time against two or more numbers of classes" in lacking
+    assert "memory of the loss in the head at a second number of classes" in lacking
+    found, lacking = panels(few + more)
+    (panel,) = found["a-cpu-classes.png"].values()
+    assert panel == {
+        "C=1,000": {"mlhead: cpp": pytest.approx(1.0), "torch: bmm": pytest.approx(1.0)},
+        "C=1,000,000": {"mlhead: cpp": pytest.approx(62.5), "torch: bmm": pytest.approx(62.5)},
+    }
+    ((_, memory),) = found["a-cpu-memory.png"].values()
+    assert list(memory) == ["C=1,000", "C=1,000,000"]
+    assert "group_fc_loss`, `csra_loss`: time against two" not in lacking
+    assert "at a second number of classes" not in lacking
+    assert "Of the sizes of `million` divided: width by 3." in performance.page(few + more)
+
+
+def test_a_run_is_told_from_another():
+    rows = [overhead_row("mlhead: auto", "forward", 40.0, CPU), overhead_row("torch: rewritten", "forward", 30.0, CPU)]
+    one = "`c1c1c1c1c1c1` |"
+    two = "`c1c1c1c1c1c1`, `c1c1c1c1c1c1`: two runs |"
+    for ids, expected in (((), one), (("a", "a"), one), (("a", "b"), two)):
+        named = [{**row, "run": name} for row, name in zip(rows, ids, strict=True)] if ids else rows
+        wins = section(performance.page(named), "## Where plain PyTorch wins")
+        assert f"| 1.33 | {expected}" in wins
+
+
 def test_workloads_on_one_line_differ_in_classes_only():
     def rows(name, **dims):
         return op_rows("torch: bmm", 1.0, CPU, workload=name, dims=dims)[2:]

@@ -17,7 +17,7 @@ from mlhead.testing.sass import Binary, read_binary
 
 from ..model import Ranked, Ranking, rankings
 from .devices import Resources
-from .launches import loss_blocks
+from .launches import csra_loss_chunks, loss_blocks
 from .products import Problem
 from .sites import Config, Site, neighbours
 
@@ -116,6 +116,9 @@ def _only(names: tuple[str, ...]) -> Iterator[None]:
 def _launch(trial: Trial) -> None:
     """Calls the op's launchers on fake tensors of the workload."""
     site, p = trial.ranking.site, trial.problem
+    if site.op == "csra_loss":
+        _launch_csra_loss(trial)
+        return
     if site.module == "class_loss":
         _launch_loss(trial)
         return
@@ -132,28 +135,46 @@ def _launch(trial: Trial) -> None:
             sample.call()
 
 
-def _launch_loss(trial: Trial) -> None:
-    """Launches the losses' kernels on fake blocks of logits, with sparse targets and a bias, as the op does."""
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.empty(shape, dtype=dtype, device="cuda:0")
+
+
+def _loss_of(p: Problem, z: torch.Tensor, bias: torch.Tensor | None, classes: int) -> None:
+    """The losses' kernels on a block of logits (g, b, n) of groups of `classes`, with sparse targets."""
     from mlhead.kernels import class_loss
 
-    p = trial.problem
-    B, C, loss = p["B"], p["C"], p.dims.get("loss", "bce")
-    J, dtype = -(-C // p["G"]), aot.DTYPES[trial.dtype]
+    B, loss = z.shape[1], p.dims.get("loss", "bce")
+    sparse = (_empty(B * p["positives"], dtype=torch.int64), _empty(B + 1, dtype=torch.int64), None)
+    at = (z, bias, 0, classes, p["C"], *sparse, None)
+    statistics, row_loss = (_empty(B, 4), None) if loss == "softmax" else (None, _empty(B))
+    if statistics is not None:
+        class_loss.softmax_statistics(*at, 0.0, statistics)
+    gammas = (4.0, 0.0) if loss == "asl" else (0.0, 0.0)
+    class_loss.gradient(
+        *at, None, None, loss, *gammas, 0.05, 1e-8, True, 0.0, 1.0 / B, None, row_loss, statistics, True
+    )
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device="cuda:0")
 
+def _launch_loss(trial: Trial) -> None:
+    """Launches the losses' kernels on fake blocks of logits with a bias, as group_fc_loss does."""
+    p, dtype = trial.problem, aot.DTYPES[trial.dtype]
     for g, n in loss_blocks(p):
-        z = empty(g, B, n, dtype=dtype)
-        sparse = (empty(B * p["positives"], dtype=torch.int64), empty(B + 1, dtype=torch.int64), None)
-        at = (z, empty(C, dtype=dtype), 0, J, C, *sparse, None)
-        statistics, row_loss = (empty(B, 4), None) if loss == "softmax" else (None, empty(B))
-        if statistics is not None:
-            class_loss.softmax_statistics(*at, 0.0, statistics)
-        gammas = (4.0, 0.0) if loss == "asl" else (0.0, 0.0)
-        class_loss.gradient(
-            *at, None, None, loss, *gammas, 0.05, 1e-8, True, 0.0, 1.0 / B, None, row_loss, statistics, True
-        )
+        _loss_of(p, _empty(g, p["B"], n, dtype=dtype), _empty(p["C"], dtype=dtype), -(-p["C"] // p["G"]))
+
+
+def _launch_csra_loss(trial: Trial) -> None:
+    """Launches the kernels of pooling and of the losses on fake chunks of scores, as csra_loss does."""
+    from mlhead.kernels import csra_pool
+
+    p, dtype = trial.problem, aot.DTYPES[trial.dtype]
+    L, H = p["L"], p["H"]
+    options = CASES["csra_pool"].make({**p.dims, "B": 1, "L": 1, "D": 1}, dtype, "cpu", 0).options
+    for b, n, _ in csra_loss_chunks(p):
+        scores, scale, dlogits = _empty(b, L, H * n, dtype=dtype), _empty(H * n), _empty(b, n, dtype=dtype)
+        shared = scale, options["temperatures"], (options["lam"],) * H, options["average"], n, 0
+        csra_pool.pool(scores, *shared, _empty(b, H * n))
+        _loss_of(p, _empty(1, b, n), None, p["C"])
+        csra_pool.pool_backward(scores, *shared, dlogits)
 
 
 def compiled(trial: Trial, config: Config, target: str, kernels: tuple[str, ...]) -> list[tuple[str, Binary]]:

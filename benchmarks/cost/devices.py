@@ -24,7 +24,7 @@ class Device:
         tensor: FLOP per second of matrix products in 16 bits.
         tf32: The same in TF32.
         lanes: FLOP per second of plain fp32, a multiply-add counted as two.
-        clock: Cycles per second that give the peak in 16 bits, at 2048, 4096 and (assumed) 8192 FLOP a cycle.
+        clock: Cycles per second that give the peak in 16 bits, at 2048, 4096 and (derived from it) 8192 FLOP a cycle.
         program_bytes: Shared memory that one program may use.
         shared_bytes: Shared memory of a multiprocessor.
         cache_bandwidth: Bytes per second to and from L2; assumed, it is not published.
@@ -43,12 +43,25 @@ class Device:
     cache_bandwidth: float
 
 
+# Where the numbers are from. Data sheets give rates with sparsity, twice those here.
+#   A100: "NVIDIA A100 Tensor Core GPU" data sheet (80 GB, SXM) and the Ampere white paper, as summed up in
+#     https://glennklockwood.com/garden/processors/A100.
+#   H100: "NVIDIA H100 Tensor Core GPU" data sheet (SXM5) as in
+#     https://archive-lib.hpctech.co.jp/gpuproduct/nvidia-h100.html, which rounds 494.7 and 66.9 TFLOP/s; these and the
+#     clock are those of the Hopper white paper as in https://glennklockwood.com/garden/processors/h100.
+#   B200: NVIDIA's table of GB200 NVL72 and HGX B200, the latter, as quoted in
+#     https://zdszero.github.io/Computer/Artificial_Intelligence/Hardware.html. It rounds TF32 to 1100 TFLOP/s, half of
+#     the rate in 16 bits before rounding is taken. Multiprocessors and clock are not NVIDIA's own numbers but those of
+#     https://hmc-tech.com/gpus/nvidia-b200-vs-nvidia-b100; earlier sheets state 8 TB/s.
+#   Shared memory: the tuning guides of CUDA, https://docs.nvidia.com/cuda/ampere-tuning-guide (164 KB, of which 163 for
+#     a program), hopper-tuning-guide and blackwell-tuning-guide (228 and 227).
+#   The originals of the data sheets and of the white papers were not at hand. For the bandwidth of L2 none was found.
 DEVICES = {
     "sm_80": Device("A100 SXM 80 GB", 80, 108, 2.039e12, 312e12, 156e12, 19.5e12, 1.41e9, 166_912, 167_936, 4e12),
-    "sm_90": Device("H100 SXM", 90, 132, 3.35e12, 989e12, 494e12, 66.9e12, 1.83e9, 232_448, 233_472, 5.5e12),
-    "sm_100": Device("B200", 100, 148, 8.0e12, 2250e12, 1125e12, 75e12, 1.85e9, 232_448, 233_472, 10e12),
+    "sm_90": Device("H100 SXM", 90, 132, 3.35e12, 989.4e12, 494.7e12, 66.9e12, 1.83e9, 232_448, 233_472, 5.5e12),
+    "sm_100": Device("B200", 100, 148, 7.7e12, 2250e12, 1125e12, 75e12, 1.86e9, 232_448, 233_472, 10e12),
 }
-H200_BANDWIDTH = 4.8e12  # published; in all else it is the H100
+H200_BANDWIDTH = 4.8e12  # as in https://aiwiki.ai/wiki/nvidia_h200; in all else it is the H100
 
 
 @dataclass(frozen=True)

@@ -74,19 +74,28 @@ def _csra(p: Problem, pick: Picker) -> Passes:
     for b, n, times in _chunks(whole if kept else plan, B, N):
         product, pooled = _pooled(p, pick, b, n, times, True)
         backward += [pooled] if kept else [product, pooled]
-        several = count > 1 and not kept
-        sums = (8.0 if several else eb) * b * L * D, (8.0 if several else eb) * n * D
-        inputs = float(eb * b * L * n)
-        backward += [
-            products.vendor_product(p, b * L, D, n, sums[0] + eb * n * D, times),
-            products.vendor_product(p, n, D, b * L, sums[1] + eb * b * L * D, times),
-            products.torch_pass("norms' gradient", 3.0 * eb * n * D, times),
-        ]
-        backward[-3] = replace(backward[-3], cache=backward[-3].cache + inputs / backward[-3].programs)
+        backward += _csra_gradients(p, b, n, times, count > 1 and not kept)
     found = {"forward": [*norms, *forward, *logits], "backward": [*norms, *backward]}
     if kept:  # then the forward before a backward has all scores in one chunk, whatever it is by itself
         found["both"] = [*norms, *_pooled(p, pick, B, N, 1, False), *logits, *found["backward"]]
     return found
+
+
+def _csra_gradients(p: Problem, b: int, n: int, times: int, several: bool) -> list[Work]:
+    """What the ds of a chunk of b images and n columns becomes: dx, dw, and dw through the norm.
+
+    Where several chunks add to them they are read and written in fp32.
+    """
+    L, D, eb = p["L"], p["D"], p.element_bytes
+    sums = (8.0 if several else eb) * b * L * D, (8.0 if several else eb) * n * D
+    dx = products.vendor_product(p, b * L, D, n, sums[0] + eb * n * D, times)
+    dw = products.vendor_product(p, n, D, b * L, sums[1] + eb * b * L * D, times)
+    inputs = float(eb * b * L * n)
+    return [
+        replace(dx, cache=dx.cache + inputs / dx.programs),
+        dw,
+        products.torch_pass("norms' gradient", 3.0 * eb * n * D, times),
+    ]
 
 
 def _pooled(p: Problem, pick: Picker, b: int, n: int, times: int, backward: bool) -> tuple[Work, Work]:
@@ -161,6 +170,44 @@ def _loss(p: Problem, pick: Picker) -> Passes:
     return {"forward": forward, "backward": scaling, "both": [*both, *scaling]}
 
 
+def csra_loss_chunks(p: Problem) -> list[tuple[int, int, int]]:
+    """Images and classes of the chunks, and how many are so."""
+    B, L, D, H, C, eb = p["B"], p["L"], p["D"], p["H"], p["C"], p.element_bytes
+    machine = _csra_chunks.MACHINES["cuda"]
+    plan = _csra_chunks.Plan(B, H * C)
+    if B * L * H * C * eb > machine.scratch_bytes:
+        plan = _csra_chunks.plan_chunks(B, L, D, H * C, eb, B, machine)
+    return list(_chunks(plan._replace(columns=max(1, plan.columns // H)), B, C))
+
+
+def _csra_loss(p: Problem, pick: Picker) -> Passes:
+    """Passes as of `_loss`. Logits are fp32; softmax makes the scores again unless one chunk has all of them."""
+    B, D, H, C, eb = p["B"], p["D"], p["H"], p["C"], p.element_bytes
+    loss = p.dims.get("loss", "bce")
+    chunks = csra_loss_chunks(p)
+    one = chunks == [(B, C, 1)]
+    norms = [products.torch_pass("norms", float(eb * H * C * D)), products.torch_pass("norms", 12.0 * H * C, times=2)]
+    # Several heads' classifiers of a range of classes are no rows of one matrix.
+    copied = H > 1 and any(n < C for _, n, _ in chunks)
+    copies = [products.torch_pass("copy of classifiers", 2.0 * eb * H * C * D)] if copied else []
+    forward: list[Work] = [*norms, *copies]
+    gradients: list[Work] = [*copies]
+    for b, n, times in chunks:
+        product, pooled = _pooled(p, pick, b, H * n, times, False)
+        logits = [products.torch_pass("logits", 4.0 * (H + 1) * b * n, times)] if H > 1 else []
+        tile = pick("class_loss.loss_tile", 1, n, loss)
+        block = replace(p, dims={**p.dims, "B": b}, element_bytes=4)
+        gradient = rows.loss_kernel(block, tile, 1, n, loss, False, times)
+        statistics = rows.loss_kernel(block, tile, 1, n, loss, True, times)
+        forward += [product, pooled, *logits, statistics if loss == "softmax" else gradient]
+        again = [*([] if one else [product]), pooled, *logits, gradient] if loss == "softmax" else []
+        backward = _pooled(p, pick, b, H * n, times, True)[1]
+        gradients += [*again, backward, *_csra_gradients(p, b, H * n, times, not one)]
+    scaling = [products.torch_pass("scale", 4.0, times=3)]
+    second = [*norms, *copies] if loss == "softmax" else []
+    return {"forward": forward, "backward": scaling, "both": [*forward, *second, *gradients, *scaling]}
+
+
 _PASSES: dict[str, Callable[[Problem, Picker], Passes]] = {
     "group_fc": _group_fc,
     "csra_pool": _csra,
@@ -168,6 +215,7 @@ _PASSES: dict[str, Callable[[Problem, Picker], Passes]] = {
     "dropout_add_layer_norm": _norm,
     "relu_dropout": _relu,
     "group_fc_loss": _loss,
+    "csra_loss": _csra_loss,
 }
 
 

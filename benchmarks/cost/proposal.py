@@ -2,8 +2,8 @@
 
 A row is an early answer for one shape, dtype and architecture, with the evidence above it:
 
-    # NVIDIA H100 80GB HBM3, torch 2.11.0, Triton 3.6.0, commit 0123456789ab: openimages forward (B=128 ...) in bf16
-    # 20.1 us (20.0 to 20.3) where Tile(...) took 22.4 us (22.2 to 22.7), 10 % less.
+    # NVIDIA H100 80GB HBM3, torch 2.11.0, Triton 3.6.0, commit 0123456789ab: group_fc openimages forward (B=128
+    # ...) in bf16 20.1 us (20.0 to 20.3) where Tile(...) took 22.4 us (22.2 to 22.7), 10 % less.
     if (B, E, J, element_bytes, vector, device.capability) == (128, 768, 97, 2, False, 90):
         return Tile(128, 64, 32, 8, 4)
 """
@@ -80,12 +80,12 @@ def _microseconds(row: Row) -> str:
 
 
 def _evidence(row: Row, shipped: Row) -> str:
-    versions = row["versions"]
+    versions, dirty = row["versions"], " (dirty)" if row["dirty"] else ""
     dims = " ".join(f"{letter}={value}" for letter, value in row["dims"].items())
     change = 1.0 - row["p50_ms"] / shipped["p50_ms"]
     return (
         f"{row['device']}, torch {versions['torch']}, Triton {versions['triton']}, commit {row['commit']}"
-        f"{' (dirty)' if row['dirty'] else ''}: {row['workload']} {row['pass']} ({dims}) in {row['dtype']} "
+        f"{dirty}: {row['case']} {row['workload']} {row['pass']} ({dims}) in {row['dtype']} "
         f"{_microseconds(row)} where {shipped['written']} took {_microseconds(shipped)}, "
         f"{abs(change):.0%} {'less' if change >= 0 else 'more'}."
     )
@@ -94,14 +94,14 @@ def _evidence(row: Row, shipped: Row) -> str:
 def proposals(rows: list[Row]) -> list[Proposal]:
     """At most one row for each key of each site, from rows of kind "tune" that were measured together.
 
-    A key may stand for several passes and workloads, which the function cannot tell apart: then a configuration must
-    have been measured in all of them, be faster by more than the noise in one and slower by more than it in none. Of
-    several the largest gain is taken, by the geometric mean.
+    A key may stand for several ops, passes and workloads, which the function cannot tell apart: then a configuration
+    must have been measured in all of them, be faster by more than the noise in one and slower by more than it in none.
+    Of several the largest gain is taken, by the geometric mean.
     """
-    groups: dict[tuple[str, str], dict[tuple[str, str, str], list[Row]]] = {}
+    groups: dict[tuple[str, str], dict[tuple[str, ...], list[Row]]] = {}
     for row in rows:
         if row.get("kind") == "tune" and row["status"] == "ok" and row["p50_ms"] is not None:
-            place = (row["workload"], row["pass"], row["dtype"])
+            place = (row["case"], row["workload"], row["pass"], row["dtype"])
             groups.setdefault((row["site"], repr(row["key"])), {}).setdefault(place, []).append(row)
     found = []
     for (title, _), places in groups.items():

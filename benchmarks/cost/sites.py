@@ -28,7 +28,7 @@ class Site:
     """One configuration function.
 
     Args:
-        op: The case that it is measured by.
+        op: The case that it is measured by here.
         module: Its module in kernels/.
         name: Its name.
         kernels: The kernels that it launches.
@@ -70,6 +70,16 @@ ATTENTION: Values = {
     "BLOCK_G": POWERS[:4], "BLOCK_L": POWERS, "num_warps": (2, 4, 8, 16), "num_stages": STAGES[:4],
 }  # fmt: skip
 ROWS: Values = {"BLOCK_R": (1, 2, 4, 8, 16, 32), "num_warps": (1, 2, 4, 8, 16)}
+POOLING: tuple[str, str, tuple[str, ...], Values] = (
+    "csra_pool", "pool_tile", ("csra_pool_scores_kernel", "csra_pool_scores_backward_kernel"),
+    {"BLOCK_L": (8, 16, 32, 64), "BLOCK_N": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8)},
+)  # fmt: skip
+LOSS: tuple[str, str, tuple[str, ...], Values] = (
+    "class_loss", "loss_tile", ("class_loss_gradient_kernel", "class_loss_statistics_kernel"),
+    {"BLOCK_I": tuple(1 << i for i in range(11)), "BLOCK_N": tuple(1 << i for i in range(12)),
+     "num_warps": (1, 2, 4, 8)},
+)  # fmt: skip
+# A function that two ops launch by is a site of each.
 SITES = (
     Site("group_fc", "group_fc", "forward_tile", ("group_fc_forward_kernel",), TILE),
     Site("group_fc", "group_fc", "dh_tile", ("group_fc_dh_kernel",), TILE, ("h",)),
@@ -79,10 +89,7 @@ SITES = (
         {"BLOCK_R": (64, 128, 256), "BLOCK_N": (32, 64, 128, 256), "BLOCK_D": (16, 32, 64, 128),
          "num_warps": (4, 8), "num_stages": STAGES},
     ),
-    Site(
-        "csra_pool", "csra_pool", "pool_tile", ("csra_pool_scores_kernel", "csra_pool_scores_backward_kernel"),
-        {"BLOCK_L": (8, 16, 32, 64), "BLOCK_N": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8)},
-    ),
+    Site("csra_pool", *POOLING),
     Site("query_attention", "query_attention", "forward_tile", ("query_attention_forward_kernel",), ATTENTION),
     Site(
         "query_attention", "query_attention", "backward_tile",
@@ -102,11 +109,9 @@ SITES = (
         {"BLOCK_R": tuple(1 << i for i in range(10)), "BLOCK_M": tuple(1 << i for i in range(4, 14)),
          "num_warps": (1, 2, 4, 8)},
     ),
-    Site(
-        "group_fc_loss", "class_loss", "loss_tile", ("class_loss_gradient_kernel", "class_loss_statistics_kernel"),
-        {"BLOCK_I": tuple(1 << i for i in range(11)), "BLOCK_N": tuple(1 << i for i in range(12)),
-         "num_warps": (1, 2, 4, 8)},
-    ),
+    Site("group_fc_loss", *LOSS),
+    Site("csra_loss", *POOLING),
+    Site("csra_loss", *LOSS),
 )  # fmt: skip
 OPS = tuple(dict.fromkeys(site.op for site in SITES))
 
@@ -132,7 +137,8 @@ class Picker:
         return BY_TITLE[title].function()(*arguments)
 
 
-BY_TITLE = {site.title: site for site in SITES}
+# Of two sites of one function the first.
+BY_TITLE = {site.title: site for site in reversed(SITES)}
 
 
 def covering(size: int, least: int = 1) -> int:

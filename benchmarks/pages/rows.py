@@ -72,7 +72,9 @@ def version_of(row: Row) -> str:
 
 
 def run_of(row: Row) -> tuple[Any, ...]:
-    """Equal where rows come from one run: the limits, or the backbone alone, are measured anew in each."""
+    """Equal where rows come from one run. Older rows do not say which: the limits are measured anew in each."""
+    if "run" in row:
+        return (row["run"],)
     names = ("commit", "dirty", "copy_gbps", "gemm_tflops", "backbone_ms")
     return tuple(json.dumps(row.get(name)) for name in names)
 

@@ -261,11 +261,14 @@ def memory_section(rows: list[Row]) -> list[str]:
         ]
         for row in rows
     ]  # fmt: skip
+    parts = {" and ".join(f"{name} by {n}" for name, n in (row.get("scale") or {}).items()) for row in rows}
+    divided = [f"Of the sizes of `million` divided: {'; '.join(sorted(parts - {''}))}."] if parts - {""} else []
     return [
         "### Memory of the loss in the head",
         "",
         *provenance(rows),
         "What a training step adds to resident memory beyond inputs, weight and its gradient; median of the steps.",
+        *divided,
         "",
         *table(["what", "provider", "MiB", "s a step", "steps", "commit"], lines),
     ]
