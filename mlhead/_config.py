@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import re
 import types
 import typing
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from mlhead._usage import UsageError, closest, require, usage_fail
+
+# Options that the task "classification" would not use.
+ZERO_SHOT_ONLY = ("unseen", "word_vectors", "query_noise", "random_queries")
 
 # inf is not a Python literal, but temperatures need it; 1e999 is one, and is infinite.
 _INF = re.compile(r"\binf\b")
@@ -41,11 +45,18 @@ class TrainConfig:
         choices=("classification", "zero-shot"),
     )
     # Data
-    data: str = _option("scenes", "'scenes', which needs no download, or a folder of images with --labels")
+    data: str = _option(
+        "scenes", "'scenes', which needs no download, or a folder: images with --labels, or a public layout"
+    )
     num_classes: int = _option(100, "classes of the scenes: 10, 100, 1000 or 10000", least=1)
-    labels: str | None = _option(None, "CSV with a column of image paths and a column of labels")
+    layout: str = _option(
+        "auto",
+        "layout of the folder; auto: csv with --labels, else the one whose files are there",
+        choices=("auto", "csv", "coco", "voc", "open-images", "wider", "image-folder", "tar", "nus-wide"),
+    )
+    labels: str | None = _option(None, "CSV or parquet file with a column of image paths and a column of labels")
     val_labels: str | None = _option(
-        None, "CSV of the validation images; without it --val-fraction of --labels is held out"
+        None, "the same for the validation images; without it --val-fraction of --labels is held out"
     )
     image_column: str = _option("image", "column of the image paths")
     label_column: str = _option("labels", "column of the labels")
@@ -54,6 +65,15 @@ class TrainConfig:
         None, "text file of class names, one a line; by default the labels that occur, sorted"
     )
     val_fraction: float = _option(0.1, "share of the images held out for validation", least=0)
+    voc_difficult: str = _option(
+        "ignore",
+        "voc: a class whose objects in an image are all difficult: 'ignore' is negative in training, not counted in "
+        "tests",
+        choices=("ignore", "positive", "negative"),
+    )
+    untagged_weight: float = _option(
+        1.0, "weight in the loss of the labels that an image does not list, for sets with partial labels", least=0
+    )
     on_bad_data: str = _option(
         "skip", "bad rows and unreadable images: report and skip, or stop", choices=("skip", "error")
     )
@@ -70,6 +90,28 @@ class TrainConfig:
     crop_scale: float = _option(0.5, "folder: smallest share of an image's area that a training crop keeps", least=0)
     hflip: float = _option(0.5, "folder: probability of mirroring a training image", least=0)
     auto_augment: str | None = _option(None, "folder: timm's name of an augmentation, e.g. rand-m9-mstd0.5-inc1")
+    color_jitter: float = _option(
+        0.4, "folder: strength of random brightness, contrast and saturation, without --auto-augment", least=0
+    )
+    random_erasing: float = _option(
+        0.0, "folder: probability of filling a rectangle of a training image with noise", least=0
+    )
+    cutout: float = _option(
+        0.0, "folder: side of the square cut out of training images, as a share of the image's; 0 for none", least=0
+    )
+    normalize: str = _option(
+        "backbone",
+        "folder: pixels' mean and std as the backbone was trained, or 'unit' for pixels from 0 to 1",
+        choices=("backbone", "unit"),
+    )
+    crop_pct: float | None = _option(
+        None, "folder: share of an image's shorter side seen at test time; by default all of it, squeezed", least=0
+    )
+    mixup: float = _option(0.0, "mixup of training batches: parameter of its beta distribution; 0 for none", least=0)
+    cutmix: float = _option(0.0, "CutMix of training batches, as --mixup; with both, one of them is drawn", least=0)
+    mix_threshold: float | None = _option(
+        None, "labels of mixed images above it become 1, the others 0; by default they stay fractions", least=0
+    )
     workers: int = _option(0, "processes that load data; 0 loads in the training process", least=0)
     # Model
     backbone: str = _option("small", "'small' (for the scenes), or any timm architecture")
@@ -100,9 +142,10 @@ class TrainConfig:
     # Optimisation
     epochs: float = _option(10.0, "length of the run", least=0)
     steps: int | None = _option(None, "length of the run in optimizer steps, in place of --epochs", least=1)
-    batch_size: int = _option(64, "images in a batch", least=1)
+    batch_size: int = _option(64, "images in a batch, over all processes", least=1)
     accumulate: int = _option(1, "batches whose gradients are added up for one optimizer step", least=1)
     optimizer: str = _option("adamw", "any of timm's optimizers")
+    optimizer_opt: dict[str, Any] = _option({}, "option of the optimizer as name=value, e.g. momentum=0.9")
     lr: float = _option(1e-3, "highest learning rate of the backbone", least=0)
     head_lr_mult: float = _option(1.0, "learning rate of the head, as a multiple of --lr", least=0)
     weight_decay: float = _option(0.02, "weight decay; biases and norms have none", least=0)
@@ -118,21 +161,50 @@ class TrainConfig:
     eval_every: int | None = _option(None, "steps between evaluations; by default an epoch", least=1)
     checkpoint_every: int | None = _option(None, "steps between checkpoints; by default as --eval-every", least=1)
     log_every: int = _option(10, "steps between lines of the log", least=1)
+    parallel: str | None = _option(
+        None,
+        "several processes under torchrun: 'ddp' (the default), a copy of the model for each, or 'fsdp', a part of it",
+        choices=("none", "ddp", "fsdp"),
+    )
+    class_parallel: int = _option(0, "processes that share the classes of the head; 0 or 1: none does", least=0)
+    sync_batch_norm: bool = _option(False, "batch norms see the images of all processes; on CUDA devices")
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             setattr(self, item.name, _checked(item, getattr(self, item.name)))
-        for name in ("val_fraction", "warmup", "ema"):
+        for name in ("val_fraction", "warmup", "ema", "cutout"):
             if getattr(self, name) >= 1:
                 usage_fail(flag(name), "below 1", getattr(self, name))
+        if self.random_erasing > 1:
+            usage_fail("--random-erasing", "a probability", self.random_erasing)
+        if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
+            usage_fail("--crop-pct", "above 0 and at most 1", self.crop_pct)
+        self._check_mixing()
         if self.task == "zero-shot":
             if self.head not in ("ml_decoder", "zero_shot"):
                 usage_fail("--head", "'zero_shot', or absent, for --task zero-shot", repr(self.head))
             self.head, self.fused_loss = "zero_shot", True
         elif self.head == "zero_shot":
             usage_fail("--task", "'zero-shot' for --head zero_shot", repr(self.task))
+        else:
+            for item in dataclasses.fields(self):
+                value = getattr(self, item.name)
+                if item.name in ZERO_SHOT_ONLY and value != item.default:
+                    usage_fail(flag(item.name), "absent without --task zero-shot", value)
+        if self.untagged_weight > 1:
+            usage_fail("--untagged-weight", "at most 1", self.untagged_weight)
+        if self.untagged_weight < 1 and (self.fused_loss or self.loss == "softmax"):
+            why = "--fused-loss, which has no logits to weigh" if self.fused_loss else "--loss softmax"
+            usage_fail("--untagged-weight", f"1 with {why}", self.untagged_weight)
         if self.steps is None and self.epochs == 0:
             usage_fail("--epochs", "above 0", self.epochs)
+
+    def _check_mixing(self) -> None:
+        mixed = next((name for name in ("mixup", "cutmix") if getattr(self, name)), None)
+        if mixed and (self.fused_loss or self.task == "zero-shot"):
+            usage_fail(flag(mixed), "0 with the loss in the head, whose labels are not dense", getattr(self, mixed))
+        if self.mix_threshold is not None and not mixed:
+            usage_fail("--mix-threshold", "absent without --mixup or --cutmix", self.mix_threshold)
 
     def save(self, path: Path) -> None:
         """Writes every option as YAML, which `--config` reads."""
@@ -145,9 +217,14 @@ def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
+@functools.cache
+def _hints() -> dict[str, Any]:
+    return typing.get_type_hints(TrainConfig)
+
+
 def field_type(item: dataclasses.Field[Any]) -> tuple[type, bool]:
     """The plain type of a field and whether None is allowed."""
-    hint = typing.get_type_hints(TrainConfig)[item.name]
+    hint = _hints()[item.name]
     if isinstance(hint, types.UnionType):
         (plain,) = (part for part in typing.get_args(hint) if part is not type(None))
         return plain, True
@@ -211,17 +288,26 @@ def load_config(path: Path) -> dict[str, Any]:
     Raises:
         UsageError: no such file, not a mapping, or an unknown option.
     """
-    yaml = require("yaml", "Reading a config")
+    return check_names(read_mapping("--config", path), f"--config {path}")
+
+
+def read_mapping(argument: str, path: Path) -> dict[str, Any]:
+    """What a YAML or JSON file maps names to.
+
+    Raises:
+        UsageError: no such file, or not a mapping; the message begins with the argument.
+    """
+    yaml = require("yaml", f"Reading {argument}")
     if not path.is_file():
-        usage_fail("--config", "an existing YAML or JSON file", path)
+        usage_fail(argument, "an existing YAML or JSON file", path)
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        raise UsageError(f"--config must be a YAML or JSON file, got {path}: {reason}") from error
+        raise UsageError(f"{argument} must be a YAML or JSON file, got {path}: {reason}") from error
     if not isinstance(values, Mapping):
-        usage_fail("--config", "a mapping of options", f"{type(values).__name__} in {path}")
-    return check_names(values, f"--config {path}")
+        usage_fail(argument, "a mapping of options", f"{type(values).__name__} in {path}")
+    return dict(values)
 
 
 def check_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:

@@ -9,9 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from mlhead.checkpoints import write_atomically
-from mlhead.metrics import NAMES
+from mlhead.metrics import ACCURACY, NAMES
 
-COLUMNS = ("kind", "step", "epoch", "loss", "lr", "lr_head", "grad_norm", "images_per_s", "time_s", *NAMES)
+COLUMNS = (
+    "kind",
+    "step",
+    "epoch",
+    "loss",
+    "lr",
+    "lr_head",
+    "grad_norm",
+    "images_per_s",
+    "data_wait",
+    "time_s",
+    *NAMES,
+    *ACCURACY,
+)
 
 
 class RunLog:

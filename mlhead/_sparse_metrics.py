@@ -6,8 +6,10 @@ import math
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
+from mlhead._average_precision import summed
 from mlhead._check import check_positive, check_shape, check_tensor, fail
 from mlhead.ops._targets import SparseTargets, may_read_values
 
@@ -68,7 +70,7 @@ class TopKMetrics:
         device: Where the sums live, and where batches are counted.
 
     Attributes:
-        sums: All that was counted, fp64, plain sums: over processes `torch.distributed.all_reduce(metrics.sums)`.
+        sums: All that was counted, fp64, plain sums.
 
     Source:
         Bhatia et al., The Extreme Classification Repository, and its pyxclib (xc_metrics.py), which computes
@@ -138,13 +140,16 @@ class TopKMetrics:
             new[6], new[7] = self._discounted(scored, discount, ideal)[at], self._discounted(best, discount, ideal)[at]
         self.sums += new
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """{"P@1": ..., "nDCG@1": ..., "PSP@1": ..., ...}, each in [0, 1].
+
+        Args:
+            group: The processes whose images count together, all of which call this; None for this one's alone.
 
         Raises:
             ValueError: No image was seen, or none had a positive: there is nothing to average.
         """
-        sums = dict(zip(self._ROWS, self.sums.tolist(), strict=True))
+        sums = dict(zip(self._ROWS, summed(self.sums, group).tolist(), strict=True))
         if not sums["images"][0]:
             fail("TopKMetrics", "the data", "at least one image", "none")
         if not sums["with_positives"][0]:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from mlhead._check import check_positive, check_tensor, fail
-from mlhead._usage import require
-from mlhead.ops._targets import SparseTargets, check_range
+from mlhead._average_precision import RankedScores, summed
+from mlhead._check import check_positive, fail
+from mlhead._metric_batches import check_batch, positive
+from mlhead.ops import SparseTargets
 from mlhead.ops.topk import _first_largest
 
 # The sets of classes, in the order of the tables.
 _SETS = {"ZSL": "unseen", "GZSL": "all", "seen": "seen"}
-# AP is computed for so many classes at a time, which bounds what it needs beside the scores.
-_CLASSES_AT_A_TIME = 64
 
 
 def _names(ks: Sequence[int]) -> tuple[str, ...]:
@@ -55,11 +55,11 @@ class ZeroShotMetrics:
 
     Attributes:
         names: The keys of `compute`, in the order in which tables and logs show them; `NAMES` for k = 3 and 5.
-        images: How many images were seen.
-        labelled: n of each set, by its name.
+        images: How many images this process has seen.
+        labelled: n of each set in these, by its name.
 
     Numerics: scores are compared in fp32, also for mAP, where no sigmoid makes high scores equal. All scores are kept
-        for mAP: 5 C bytes an image with the targets.
+        for mAP: 4 C + 8 m bytes for an image with m positives.
 
     Source:
         ML-Decoder, section 4.2 and Table 6; LESA (Huynh and Elhamifar, CVPR 2020), BiAM (Narayan et al., ICCV 2021) and
@@ -70,7 +70,6 @@ class ZeroShotMetrics:
         self, num_seen: int, num_classes: int, *, ks: Sequence[int] = (3, 5), device: torch.device | str = "cpu"
     ) -> None:
         where = "ZeroShotMetrics"
-        require("torchmetrics.functional.classification", "mlhead.metrics")
         check_positive(where, "num_classes", num_classes)
         check_positive(where, "num_seen", num_seen)
         if num_seen >= num_classes:
@@ -85,8 +84,7 @@ class ZeroShotMetrics:
         self._columns = {"ZSL": (num_seen, num_classes), "GZSL": (0, num_classes), "seen": (0, num_seen)}
         # Of each set: the images with a label, the labels, and TP_k for each k.
         self._counts = torch.zeros(len(_SETS), 2 + len(self.ks), dtype=torch.int64, device=device)
-        self._scores: list[Tensor] = []
-        self._truth: list[Tensor] = []
+        self._ranked = RankedScores(num_classes, device)
 
     def update(self, logits: Tensor, targets: Tensor | SparseTargets) -> None:
         """Takes a batch.
@@ -100,22 +98,20 @@ class ZeroShotMetrics:
             ValueError: The shapes do not fit, or a logit or target is not finite or out of range.
             TypeError: logits is no floating tensor, or targets is neither a tensor nor `SparseTargets`.
         """
-        self._check(logits, targets)
+        check_batch("ZeroShotMetrics", logits, targets, self.num_classes)
         if len(logits) == 0:
             return
         self.images += len(logits)
         device = self._counts.device
-        dense = targets.to_dense() if isinstance(targets, SparseTargets) else targets
-        scores = logits.detach().to(device, torch.float32, copy=True)  # kept, while the caller may write to the logits
-        truth = dense.detach().to(device) > 0
-        self._scores.append(scores)
-        self._truth.append(truth)
+        scores = logits.detach().to(device, torch.float32)
+        truth = positive(targets).to(device)
+        self._ranked.add(scores, truth)
         for row, (first, last) in enumerate(self._columns.values()):
-            positive = truth[:, first:last]
+            labels = truth[:, first:last]
             most = min(max(self.ks), last - first)
-            hits = positive.gather(1, _first_largest(scores[:, first:last], most)).sum(0).cumsum(0)
+            hits = labels.gather(1, _first_largest(scores[:, first:last], most)).sum(0).cumsum(0)
             at = torch.tensor([min(k, most) - 1 for k in self.ks], device=device)
-            counted = torch.stack([positive.any(1).sum(), positive.sum()])
+            counted = torch.stack([labels.any(1).sum(), labels.sum()])
             self._counts[row] += torch.cat([counted, hits[at]])
 
     @property
@@ -123,20 +119,25 @@ class ZeroShotMetrics:
         """How many images have a label among the columns of each set."""
         return dict(zip(_SETS, self._counts[:, 0].tolist(), strict=True))
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Every metric of `names`, in that order, each in [0, 1].
+
+        Args:
+            group: As in `MultiLabelMetrics.compute`.
 
         Raises:
             ValueError: No image was seen, or no unseen or no seen class had a positive: there is nothing to average.
         """
-        if self.images == 0:
+        images = int(summed(torch.tensor(self.images, device=self._counts.device), group))
+        if images == 0:
             fail("ZeroShotMetrics", "the data", "at least one image", "none")
-        counts = dict(zip(_SETS, self._counts.tolist(), strict=True))
+        counts = dict(zip(_SETS, summed(self._counts, group).tolist(), strict=True))
         for which, (labelled, *_) in counts.items():
             if not labelled:
                 of = "somewhere" if not counts["GZSL"][0] else f"somewhere among the {_SETS[which]} classes"
-                fail("ZeroShotMetrics", "the targets", f"positive {of}", f"{self.images} images without such a label")
-        precisions, occurring = self._average_precisions()
+                fail("ZeroShotMetrics", "the targets", f"positive {of}", f"{images} images without such a label")
+        precisions = self._ranked.average_precisions(group)
+        occurring = precisions > 0  # of a class with a positive it is at least 1 / images
         result = {}
         for which, (labelled, labels, *hits) in counts.items():
             first, last = self._columns[which]
@@ -146,47 +147,3 @@ class ZeroShotMetrics:
                 result[f"{which}_P@{k}"], result[f"{which}_R@{k}"] = p, r
                 result[f"{which}_F1@{k}"] = 2 * p * r / (p + r) if tp else 0.0
         return {name: result[name] for name in self.names}
-
-    def _check(self, logits: Tensor, targets: Tensor | SparseTargets) -> None:
-        where = "ZeroShotMetrics"
-        check_tensor(where, "logits", logits)
-        if isinstance(targets, SparseTargets):
-            targets.check(where, "targets")
-            shape: tuple[int, ...] = (targets.batch, targets.num_classes)
-        elif isinstance(targets, Tensor):
-            shape = tuple(targets.shape)
-        else:
-            fail(where, "targets", "a tensor (B, C) or SparseTargets", type(targets).__name__, TypeError)
-        if tuple(logits.shape) != shape or len(shape) != 2 or shape[1] != self.num_classes:
-            got = f"{tuple(logits.shape)} and {shape}"
-            fail(where, "logits and targets", f"both (B, C) = (B, {self.num_classes})", got)
-        if not logits.isfinite().all():
-            fail(where, "logits", "finite", "NaN or infinity: has the training diverged?")
-        if isinstance(targets, Tensor):
-            check_range(where, targets, -1, 1)
-
-    def _average_precisions(self) -> tuple[Tensor, Tensor]:
-        """AP (C) in fp64, of use where a class has a positive, and where that is."""
-        functional = require("torchmetrics.functional.classification", "mlhead.metrics")
-        occurring = torch.stack([part.any(0) for part in self._truth]).any(0)
-        precisions = torch.zeros(self.num_classes, dtype=torch.float64, device=occurring.device)
-        (columns,) = occurring.nonzero(as_tuple=True)
-        for chosen in columns.split(_CLASSES_AT_A_TIME):
-            scores = torch.cat([part[:, chosen] for part in self._scores])
-            truth = torch.cat([part[:, chosen] for part in self._truth]).long()
-            found = functional.multilabel_average_precision(
-                _between_0_and_1(scores), truth, num_labels=len(chosen), average=None, validate_args=False
-            )
-            precisions[chosen] = found.double()
-        return precisions, occurring
-
-
-def _between_0_and_1(scores: Tensor) -> Tensor:
-    """Numbers in [0, 1) in fp64 that are ordered as the scores, which are fp32 and not NaN, and equal where they are.
-
-    torchmetrics takes the sigmoid of anything else, in which fp32 scores above 17 are equal. Here it is the bits of a
-    score, as an integer ordered as the scores are.
-    """
-    bits = (scores + 0.0).view(torch.int32)  # -0 becomes 0
-    bits ^= (bits >> 31).bitwise_and_(0x7FFFFFFF)
-    return (bits.double() + 2**31) / 2**32

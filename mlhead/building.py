@@ -50,6 +50,13 @@ def build_backbone(config: TrainConfig, channels: int) -> nn.Module:
         )
     except (TypeError, ValueError, RuntimeError, AssertionError) as error:
         raise UsageError(f"--backbone {config.backbone} could not be built: {_one_line(error)}") from error
+    except Exception as error:  # a download fails in many ways
+        if not config.pretrained:
+            raise
+        raise UsageError(
+            f"--pretrained must be off where the weights of {config.backbone} cannot be had from the network or from "
+            f"timm's cache, got {type(error).__name__}: {_one_line(error)}"
+        ) from error
 
 
 def build_model(
@@ -131,6 +138,31 @@ def build_loss(config: TrainConfig) -> nn.Module:
         raise UsageError(f"--loss-opt of {config.loss}: {_one_line(error)}") from error
 
 
+Mixing = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor, Tensor | None]]
+
+
+def build_mixup(config: TrainConfig) -> Mixing | None:
+    """What mixes a training batch by --mixup and --cutmix, or None without them.
+
+    It takes and returns images, dense targets (B, C) and their weights (B, C) or None. Each image is mixed with the one
+    before it, by one number for the batch, which may have any size; a label counts as the less certain of the two. The
+    numbers are drawn from torch's global random state.
+    """
+    if not config.mixup and not config.cutmix:
+        return None
+    v2 = require("torchvision.transforms.v2", "--mixup")
+    kinds = [kind(alpha=alpha) for kind, alpha in ((v2.MixUp, config.mixup), (v2.CutMix, config.cutmix)) if alpha]
+    choice = v2.RandomChoice(kinds)
+
+    def mix(images: Tensor, targets: Tensor, weight: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+        images, targets = choice(images, targets)
+        if config.mix_threshold is not None:
+            targets = (targets > config.mix_threshold).to(targets.dtype)
+        return images, targets, None if weight is None else torch.minimum(weight, weight.roll(1, 0))
+
+    return mix
+
+
 def scores_as_logits(config: TrainConfig, logits: Tensor) -> Tensor:
     """Logits whose sigmoid is the model's probability: the logits themselves, but for the softmax loss."""
     if config.loss != "softmax":
@@ -163,12 +195,15 @@ def build_optimizer(config: TrainConfig, model: HeadedModel) -> torch.optim.Opti
         ("backbone", not_head, config.lr),
         ("head", model.head, config.lr * config.head_lr_mult),
     ):
-        keep = model.no_weight_decay() if part == "backbone" else set()
+        # ML-Decoder's bias has two axes where its classes are shared out.
+        keep = model.no_weight_decay() if part == "backbone" else {"duplicate_pooling_bias"}
         for group in optim.param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=keep):
             if group["params"]:
                 groups.append({**group, "lr": rate, "part": part})
     try:
-        return optim.create_optimizer_v2(groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay)
+        return optim.create_optimizer_v2(
+            groups, opt=config.optimizer, lr=config.lr, weight_decay=config.weight_decay, **config.optimizer_opt
+        )
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UsageError(f"--optimizer {config.optimizer} could not be built: {_one_line(error)}") from error
 

@@ -2,6 +2,7 @@
 
 A file is written beside its target, flushed to the disk and then renamed over it, so the name always holds a whole
 checkpoint, the old or the new. Reading checks every byte against the archive's checksums, which `torch.load` does not.
+Several processes write a folder in place of a file, `mlhead._dcp`; whatever reads checkpoints reads both.
 """
 
 from __future__ import annotations
@@ -19,9 +20,11 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from mlhead import _whole_folder
 from mlhead._usage import UsageError
 
 FORMAT = 1
+NAMES = ("last", "best")
 _KIND = "mlhead checkpoint"
 
 
@@ -31,12 +34,22 @@ class CheckpointError(UsageError):
 
 def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
     """Writes a file so that `path` holds either what it held before or all of the new content, never a part of it."""
+
+    def write_file(temporary: Path) -> None:
+        with temporary.open("wb") as file:
+            write(file)
+
+    replace_atomically(path, write_file)
+
+
+def replace_atomically(path: Path, write_file: Callable[[Path], object]) -> None:
+    """As `write_atomically`, for what is written by the name of a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
     try:
-        with os.fdopen(handle, "wb") as file:
-            write(file)
-            file.flush()
+        write_file(Path(name))
+        with open(name, "rb+") as file:
             os.fsync(file.fileno())
         os.chmod(name, 0o644)  # mkstemp's 0o600 would keep colleagues from reading a shared run
         os.replace(name, path)
@@ -44,17 +57,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], object]) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(name)
         raise
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Makes a rename in a folder durable, where the system can (Windows cannot open a folder)."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+    _whole_folder.sync_folder(path.parent)
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
@@ -62,34 +65,76 @@ def remove_leftovers(folder: Path) -> list[Path]:
     leftovers = sorted(folder.glob(".*.part"))
     for path in leftovers:
         path.unlink(missing_ok=True)
+    for name in NAMES:
+        _whole_folder.settle(folder / f"{name}.dcp")
     return leftovers
 
 
+def find(folder: Path, name: str) -> Path | None:
+    """The newest complete checkpoint of a name in the folder of a run, a file or a folder; None without one."""
+    file, shards = folder / f"{name}.pt", folder / f"{name}.dcp"
+    found = {file: file} if file.is_file() else {}
+    if (complete := _whole_folder.complete(shards)) is not None:
+        found[shards] = complete / _whole_folder.MARK
+    return max(found, key=lambda path: found[path].stat().st_mtime_ns, default=None)
+
+
+def remove(path: Path) -> None:
+    """Deletes a checkpoint, if it is there."""
+    if path.suffix == ".dcp":
+        _whole_folder.remove(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Saves a state of tensors and plain Python values, atomically."""
-    write_atomically(path, lambda file: torch.save({"kind": _KIND, "format": FORMAT, **state}, file))
+    """Saves a state of tensors and plain Python values, atomically.
+
+    Raises:
+        CheckpointError: it could not be written, for example because the disk is full; what was there before still is.
+    """
+    try:
+        write_atomically(path, lambda file: torch.save({"kind": _KIND, "format": FORMAT, **state}, file))
+    except (OSError, RuntimeError) as error:
+        raise CheckpointError(not_written(path, error)) from error
+
+
+def not_written(path: Path, reason: BaseException) -> str:
+    """What to say where a checkpoint could not be written."""
+    # A write to a full disk inside torch.save ends in torch's own error; the system's is the one that says why.
+    cause: BaseException | None = reason
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    words = cause or reason
+    why = str(words).strip().splitlines()[0] if str(words).strip() else type(words).__name__
+    return f"checkpoint {path} could not be written: {why}; the one before it, if there was one, is as it was"
 
 
 def load_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
-    """Reads a checkpoint of `save_checkpoint`, every byte checked, without running code from the file.
+    """Reads a checkpoint, every byte checked, without running code from the file.
 
     Raises:
         CheckpointError: no such file; damaged or cut short; not a checkpoint of mlhead; of a newer format.
     """
+    if path.suffix == ".dcp":
+        from mlhead import _dcp
+
+        return _dcp.read(path)
     if path.is_dir():
-        raise CheckpointError(f"checkpoint must be a file, got the folder {path}; did you mean {path / 'best.pt'}?")
+        meant = find(path, "best") or path / "best.pt"
+        raise CheckpointError(f"checkpoint must be a file, got the folder {path}; did you mean {meant}?")
     if not path.is_file():
         raise CheckpointError(f"checkpoint must be an existing file, got {path}")
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointError(_damaged(path, f"checksum of {damaged} does not match"))
+            wrong = archive.testzip()
+        if wrong is not None:
+            raise CheckpointError(damaged(path, f"checksum of {wrong} does not match"))
         state = torch.load(path, map_location=map_location, weights_only=True)
     except CheckpointError:
         raise
     except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(_damaged(path, f"{type(error).__name__}: {str(error).splitlines()[0]}")) from error
+        raise CheckpointError(damaged(path, f"{type(error).__name__}: {str(error).splitlines()[0]}")) from error
     if not isinstance(state, dict) or state.get("kind") != _KIND:
         raise CheckpointError(f"checkpoint must be written by mlhead train, got {path}, which holds something else")
     if state["format"] > FORMAT:
@@ -99,8 +144,10 @@ def load_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
     return state
 
 
-def _damaged(path: Path, reason: str) -> str:
-    others = [other for name in ("last.pt", "best.pt") if (other := path.parent / name) != path and other.is_file()]
+def damaged(path: Path, reason: str) -> str:
+    """What to say of a checkpoint that does not hold what was written."""
+    path = path.parent if path.name == _whole_folder.MARK else path
+    others = [other for name in NAMES if (other := find(path.parent, name)) not in (None, path)]
     advice = f"try {others[0]} instead" if others else "restore it from a copy"
     return f"checkpoint {path} is damaged or cut short ({reason}); nothing was loaded; {advice}, or train again"
 

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from mlhead import _config
+from mlhead import _config, recipes
 from mlhead._config import TrainConfig, flag
 from mlhead._usage import UsageError, closest, usage_fail
+from mlhead.recipes import Recipe
 
 # The options of training that also make sense for `mlhead eval`.
 _EVAL_OPTIONS = (
     "data",
+    "layout",
+    "voc_difficult",
     "labels",
     "image_column",
     "label_column",
@@ -28,12 +33,34 @@ _EVAL_OPTIONS = (
     "seed",
 )
 
+# Those for `mlhead data check`.
+_CHECK_OPTIONS = (
+    "layout",
+    "labels",
+    "val_labels",
+    "image_column",
+    "label_column",
+    "label_delimiter",
+    "classes",
+    "val_fraction",
+    "voc_difficult",
+    "workers",
+)
+
 
 class _Parser(argparse.ArgumentParser):
     """Prints one line for a mistake, without the usage of every option before it."""
 
     def error(self, message: str) -> NoReturn:
+        _leave_to_first()
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def _leave_to_first() -> None:
+    """Under torchrun, has the first process alone say what is wrong with the command line, which is the same in all."""
+    if os.environ.get("RANK", "0") != "0":
+        time.sleep(20.0)  # torchrun ends this one as soon as the first has gone
+        sys.exit(2)
 
 
 def _number(kind: type) -> Callable[[str], Any]:
@@ -73,7 +100,7 @@ def _given(arguments: argparse.Namespace) -> dict[str, Any]:
     """The options of TrainConfig that the command line gave."""
     names = {item.name for item in dataclasses.fields(TrainConfig)}
     values = {name: value for name, value in vars(arguments).items() if name in names}
-    for name in ("backbone_opt", "head_opt", "loss_opt"):
+    for name in ("backbone_opt", "head_opt", "loss_opt", "optimizer_opt"):
         if name in values:
             values[name] = _config.parse_pairs(flag(name), values[name])
     return values
@@ -88,13 +115,17 @@ def build_parser() -> argparse.ArgumentParser:
         return commands.add_parser(name, help=text, description=text, allow_abbrev=False)
 
     sub = add("train", "Train a backbone with a head; without options, on scenes of handwritten numbers.")
-    sub.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; flags win over it")
+    sub.add_argument("--recipe", metavar="NAME", help="a paper's options: a recipe of docs/recipes.md, or a YAML file")
+    sub.add_argument("--config", metavar="FILE", help="YAML or JSON file of options; wins over --recipe, flags over it")
     sub.add_argument("--resume", metavar="PATH", help="go on with a run: its folder, or a checkpoint in it")
     sub.add_argument("--overwrite", action="store_true", help="allow --out to hold a run already; it is replaced")
+    sub.add_argument(
+        "--dry-run", action="store_true", help="print all options, parameters, FLOPs and memory; train nothing"
+    )
     _add_options(sub)
 
     sub = add("eval", "Measure a checkpoint on its own data or on other data.")
-    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="best.pt or last.pt of a run")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="best or last of a run, or what export wrote")
     sub.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
     sub.add_argument(
         "--weights", choices=("auto", "ema", "model"), default="auto", help="which weights, if it has both"
@@ -102,6 +133,13 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
     sub.add_argument("--json", action="store_true", help="print JSON in place of a table")
     _add_options(sub, _EVAL_OPTIONS)
+
+    sub = add("export", "Write the model of a checkpoint as one safetensors file, which eval and predict take too.")
+    sub.add_argument("checkpoint", metavar="CHECKPOINT", help="best or last of a run, a file or a folder")
+    sub.add_argument("out", metavar="OUT", help="the file, NAME.safetensors")
+    sub.add_argument(
+        "--weights", choices=("auto", "ema", "model"), default="auto", help="which weights, if it has both"
+    )
 
     sub = add("predict", "Name the classes in images, and draw where each of them looks.")
     sub.add_argument("paths", metavar="CHECKPOINT IMAGE", nargs="+", help="the checkpoint, then one or more images")
@@ -119,6 +157,20 @@ def build_parser() -> argparse.ArgumentParser:
     sub.add_argument("--count", type=_number(int), default=100, help="how many (default: 100)")
     sub.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
     _add_options(sub, ("num_classes", "image_size", "seed"))
+
+    sub = add("data", "Look at a data set.")
+    text = "Report the health of a data set, in any layout, and the statistics of its labels; exit code 1 if it is bad."
+    actions = sub.add_subparsers(dest="action", metavar="ACTION", required=True)
+    sub = actions.add_parser("check", help=text, description=text, allow_abbrev=False)
+    sub.add_argument("path", metavar="PATH", help="the folder")
+    sub.add_argument(
+        "--images", default="1000", metavar="N", help="how many of each split are decoded, or 'all' (default: 1000)"
+    )
+    sub.add_argument(
+        "--out", default="runs/check", help="folder for the report, the list and the picture (default: runs/check)"
+    )
+    sub.add_argument("--json", action="store_true", help="print JSON in place of tables")
+    _add_options(sub, _CHECK_OPTIONS)
 
     sub = add(
         "demo", "Train GAP, CSRA and ML-Decoder heads on the same task and compare them, on two cores in minutes."
@@ -145,27 +197,67 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _resolve(
+    arguments: argparse.Namespace, given: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, str], Recipe | None]:
+    """Options by --recipe, over them --config, over both the flags; where each is from; and the recipe."""
+    recipe = recipes.load(arguments.recipe) if arguments.recipe else None
+    saved = _config.load_config(Path(arguments.config)) if arguments.config else {}
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if recipe is not None:
+        values |= recipe.values
+        origins |= {name: f"recipe {source}" for name, source in recipe.origins.items()}
+    values |= saved | given
+    origins |= dict.fromkeys(saved, f"--config {arguments.config}") | {name: flag(name) for name in given}
+    return values, origins, recipe
+
+
 def _train(arguments: argparse.Namespace) -> int:
+    from mlhead.distributed import launched
+
+    with launched() as processes:
+        return _train_here(arguments, processes.is_main)
+
+
+def _train_here(arguments: argparse.Namespace, is_main: bool) -> int:
+    from mlhead import checkpoints
     from mlhead import train as training
+    from mlhead.metrics import main_measure
 
     given = _given(arguments)
     if arguments.resume is not None:
-        if arguments.config is not None:
-            usage_fail("--config", "absent on --resume, which goes on with the saved options", arguments.config)
+        for name in ("config", "recipe", "dry_run"):
+            if value := getattr(arguments, name):
+                usage_fail(flag(name), "absent on --resume, which goes on with the saved options", value)
         summary = training.resume(Path(arguments.resume), given)
     else:
-        saved = _config.load_config(Path(arguments.config)) if arguments.config else {}
-        summary = training.train(TrainConfig(**{**saved, **given}), overwrite=arguments.overwrite)
-    best = summary.best
-    print(f"best mAP {best['mAP']:.4f} at step {best['step']} of {summary.steps}: {summary.out / 'best.pt'}")
+        values, origins, recipe = _resolve(arguments, given)
+        if recipe is not None and not arguments.dry_run and "data" not in values:
+            usage_fail("--data", "given with --recipe", None)
+        config = TrainConfig(**values)
+        if arguments.dry_run:
+            from mlhead import dry_run
+
+            if is_main:
+                print(dry_run.report(config, origins, recipe))
+            return 0
+        summary = training.train(config, overwrite=arguments.overwrite)
+    if not is_main:
+        return 0
+    best, path = summary.best, checkpoints.find(summary.out, "best")
+    assert path is not None
+    name = main_measure(best)
+    found = f"best {name} {best[name]:.4f} at step {best['step']} of {summary.steps}: {path}"
+    print(f"{found}  ({summary.data_wait:.1%} of the time waiting for data)")
     if summary.zero_shot:
         from mlhead import inference
 
         # Validation images show seen classes only, so the best checkpoint was chosen without any unseen one.
-        found = inference.evaluate_checkpoint(summary.out / "best.pt")
+        scores = inference.evaluate_checkpoint(path)
         print("on the test images, of unseen classes (ZSL) and of all (GZSL):")
         for which in ("ZSL", "GZSL"):
-            shown = (f"{name} {found[f'{which}_{name}']:.4f}" for name in ("mAP", "F1@3", "F1@5"))
+            shown = (f"{name} {scores[f'{which}_{name}']:.4f}" for name in ("mAP", "F1@3", "F1@5"))
             print(f"  {which:4}  {'  '.join(shown)}")
     return 0
 
@@ -188,6 +280,15 @@ def _eval(arguments: argparse.Namespace) -> int:
         width = max(map(len, result))
         for name, value in result.items():
             print(f"{name:{width}} {value:{'d' if isinstance(value, int) else '.4f'}}")
+    return 0
+
+
+def _export(arguments: argparse.Namespace) -> int:
+    from mlhead import inference
+
+    out = Path(arguments.out)
+    inference.export_model(Path(arguments.checkpoint), out, weights=arguments.weights)
+    print(f"{out}: {out.stat().st_size:,} bytes")
     return 0
 
 
@@ -244,6 +345,25 @@ def _scenes(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _data(arguments: argparse.Namespace) -> int:
+    import json
+
+    from mlhead.data import check
+
+    images = arguments.images
+    if images != "all" and not images.isdecimal():
+        usage_fail("--images", "a whole number or 'all'", repr(images))
+    config = TrainConfig(data=arguments.path, **_given(arguments))
+    report = check.check(
+        config, images=None if images == "all" else int(images), say=lambda line: print(line, file=sys.stderr)
+    )
+    paths = report.write(Path(arguments.out))
+    print(json.dumps(report.to_dict()) if arguments.json else report.text())
+    if not arguments.json:
+        print(f"written: {', '.join(map(str, paths))}")
+    return 0 if report.healthy else 1
+
+
 def _demo(arguments: argparse.Namespace) -> int:
     from mlhead import demo
 
@@ -276,8 +396,10 @@ def _info(arguments: argparse.Namespace) -> int:
 _COMMANDS: dict[str, Callable[[argparse.Namespace], int]] = {
     "train": _train,
     "eval": _eval,
+    "export": _export,
     "predict": _predict,
     "scenes": _scenes,
+    "data": _data,
     "demo": _demo,
     "demo-million": _demo_million,
     "demo-zsl": _demo_zsl,
@@ -293,6 +415,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if unknown:
         known = [flag(item.name) for item in dataclasses.fields(TrainConfig)]
         hint = closest(unknown[0].partition("=")[0], known) if arguments.command == "train" else ""
+        _leave_to_first()
         print(
             f"{name}: error: {unknown[0]} must be an option or argument of {name}{hint}; see {name} --help",
             file=sys.stderr,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from mlhead import building
@@ -13,7 +15,7 @@ from mlhead._progress import Progress
 from mlhead._usage import usage_fail
 from mlhead.data.loading import Batch
 from mlhead.data.reporting import BadDataLog
-from mlhead.metrics import MultiLabelMetrics, ZeroShotMetrics
+from mlhead.metrics import MultiLabelMetrics, TopKAccuracy, ZeroShotMetrics
 from mlhead.ops import SparseTargets
 
 AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -41,27 +43,68 @@ def evaluate(
     model: nn.Module,
     batches: Any,
     config: TrainConfig,
-    metrics: MultiLabelMetrics | ZeroShotMetrics,
+    metrics: MultiLabelMetrics | ZeroShotMetrics | TopKAccuracy,
     device: torch.device,
     bad_data: BadDataLog,
     progress: Progress | None = None,
+    *,
+    group: dist.ProcessGroup | None = None,
+    times: dict[str, float] | None = None,
 ) -> dict[str, float]:
-    """The metrics of a model over batches; the model's mode is put back afterwards."""
+    """The metrics of a model over batches; the model's mode is put back afterwards.
+
+    Args:
+        model: gives logits (B, C).
+        batches: of `Batch`, targets dense or sparse.
+        config: the options of the run.
+        metrics: what is measured; may have seen other batches before.
+        device: of the model.
+        bad_data: gets the samples that could not be read.
+        progress: advances by one for each batch.
+        group: the processes that each see some of the batches, all of which call this; None where this one sees all.
+        times: where seconds are added to the entries "data" (waiting for batches), "model" and "metrics". On a GPU
+            they are true because the device is waited for after each, which takes a little time itself.
+    """
     was_training = model.training
     model.eval()
+    lap = _Laps(times, device)
     for batch in batches:
+        lap("data")
         bad_data.add(batch.bad)
         if len(batch.images):
             images, targets = to_device(batch, config, device)
-            if isinstance(targets, SparseTargets):
-                targets = targets.to_dense()
             with autocast(config, device):
                 logits = model(images)
-            metrics.update(building.scores_as_logits(config, logits.float()), targets)
+            logits = logits.float()
+            if not isinstance(metrics, TopKAccuracy):
+                logits = building.scores_as_logits(config, logits)
+            lap("model")
+            metrics.update(logits, targets)
+            lap("metrics")
         if progress is not None:
             progress.advance()
+    lap("data")
     model.train(was_training)
-    return metrics.compute()
+    found = metrics.compute(group)
+    lap("metrics")
+    return found
+
+
+class _Laps:
+    """Adds the seconds since the call before to an entry of `times`, if there is one."""
+
+    def __init__(self, times: dict[str, float] | None, device: torch.device) -> None:
+        self.times, self.device = times, device
+        self.last = time.perf_counter()
+
+    def __call__(self, name: str) -> None:
+        if self.times is None:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        now = time.perf_counter()
+        self.times[name] = self.times.get(name, 0.0) + now - self.last
+        self.last = now
 
 
 def to_device(batch: Batch, config: TrainConfig, device: torch.device) -> tuple[Tensor, Tensor | SparseTargets]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,15 +15,15 @@ from torch import Tensor
 from mlhead import building, visualize
 from mlhead._config import TrainConfig
 from mlhead._progress import Progress
-from mlhead._usage import UsageError, usage_fail
+from mlhead._usage import UsageError, require, usage_fail
 from mlhead.backbones import HeadedModel
-from mlhead.checkpoints import load_checkpoint
+from mlhead.checkpoints import CheckpointError, damaged, load_checkpoint, not_written, replace_atomically
 from mlhead.data.folder import open_image
 from mlhead.data.loading import BadSample, evaluation_loader
 from mlhead.data.reporting import BadDataLog
 from mlhead.data.sources import ImageSpec, open_source
 from mlhead.evaluation import choose_device, evaluate
-from mlhead.metrics import MultiLabelMetrics, ZeroShotMetrics
+from mlhead.metrics import MultiLabelMetrics, SingleLabelMetrics, ZeroShotMetrics
 
 
 class Loaded(NamedTuple):
@@ -50,7 +51,7 @@ def load_model(path: Path, *, device: str = "auto", weights: str = "auto") -> Lo
     """The model of a checkpoint.
 
     Args:
-        path: of a checkpoint.
+        path: of a checkpoint, or of what `export_model` wrote.
         device: as `--device`.
         weights: "ema" for the moving average, "model" for the weights themselves, "auto" for the first that is there.
 
@@ -58,14 +59,11 @@ def load_model(path: Path, *, device: str = "auto", weights: str = "auto") -> Lo
         CheckpointError: the file is missing or damaged.
         UsageError: the moving average is asked for and the run had none.
     """
-    state = load_checkpoint(path)
+    state, chosen = _weights(path, weights)
     config = TrainConfig(**state["config"])
     spec = ImageSpec(**state["image_spec"])
-    num_seen = state.get("num_seen", len(state["class_names"]))
+    num_seen = state.get("num_seen") or len(state["class_names"])
     model = building.build_model(config, num_seen, spec.channels, load_weights=False)
-    if weights == "ema" and state["ema"] is None:
-        usage_fail("--weights", "'model' for a run without --ema", "'ema'")
-    chosen = state["ema"] if weights != "model" and state["ema"] is not None else state["model"]
     try:
         model.load_state_dict(chosen)
     except RuntimeError as error:
@@ -76,6 +74,73 @@ def load_model(path: Path, *, device: str = "auto", weights: str = "auto") -> Lo
     chosen_device = choose_device(device)
     model = model.to(chosen_device).eval()
     return Loaded(model, config, spec, state["class_names"], state["step"], chosen_device, num_seen)
+
+
+def _weights(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What a checkpoint, or a file of `export_model`, says of its model, and the weights that are asked for."""
+    if path.suffix == ".safetensors":
+        return _exported(path, weights)
+    state = load_checkpoint(path)
+    if weights == "ema" and state["ema"] is None:
+        usage_fail("--weights", "'model' for a run without --ema", "'ema'")
+    return state, state["ema"] if weights != "model" and state["ema"] is not None else state["model"]
+
+
+def export_model(path: Path, out: Path, *, weights: str = "auto") -> None:
+    """Writes the model of a checkpoint as one safetensors file, atomically; `load_model` takes it like a checkpoint.
+
+    Args:
+        path: of a checkpoint.
+        out: of the file. Its tensors have the names of the model's state dict; its metadata say what model it is.
+        weights: as of `load_model`.
+
+    Raises:
+        CheckpointError: the checkpoint is missing or damaged, or the file could not be written.
+        UsageError: safetensors is not installed.
+    """
+    safetensors = require("safetensors.torch", "mlhead export")
+    if out.suffix != ".safetensors":
+        usage_fail("OUT", "a name that ends in .safetensors", out)
+    state, chosen = _weights(path, weights)
+    facts = {name: state.get(name) for name in _FACTS} | {"weights": "model" if chosen is state.get("model") else "ema"}
+    tensors, metadata = _apart(chosen), {"format": "pt", "mlhead": json.dumps(facts)}
+    try:
+        replace_atomically(out, lambda name: safetensors.save_file(tensors, name, metadata))
+    except (OSError, require("safetensors", "mlhead export").SafetensorError) as error:
+        raise CheckpointError(not_written(out, error)) from error
+
+
+def _apart(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Each tensor contiguous and in memory of its own, as the format asks for."""
+    apart, taken = {}, set()
+    for name, tensor in tensors.items():
+        memory = tensor.untyped_storage()
+        own = tensor.is_contiguous() and memory.nbytes() == tensor.nbytes and memory.data_ptr() not in taken
+        taken.add(memory.data_ptr())
+        apart[name] = tensor if own else tensor.clone(memory_format=torch.contiguous_format)
+    return apart
+
+
+# What a model needs besides its weights.
+_FACTS = ("config", "image_spec", "class_names", "num_seen", "step")
+
+
+def _exported(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    safetensors = require("safetensors", "Reading a safetensors file")
+    if not path.is_file():
+        raise CheckpointError(f"checkpoint must be an existing file, got {path}")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            facts = (file.metadata() or {}).get("mlhead")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    except safetensors.SafetensorError as error:
+        raise CheckpointError(damaged(path, str(error))) from error
+    if facts is None:
+        raise CheckpointError(f"checkpoint must be written by mlhead export, got {path}, which has no such metadata")
+    state = json.loads(facts)
+    if weights not in ("auto", state["weights"]):
+        usage_fail("--weights", f"'{state['weights']}', the weights that {path} has", repr(weights))
+    return state, tensors
 
 
 def evaluate_checkpoint(
@@ -98,7 +163,8 @@ def evaluate_checkpoint(
     if config.task == "zero-shot" and split == "test":  # the other splits know no unseen class
         scores = ZeroShotMetrics(loaded.num_seen, len(loaded.class_names), device=loaded.device)
     else:
-        scores = MultiLabelMetrics(loaded.num_seen, device=loaded.device)
+        kind = SingleLabelMetrics if source.single_label else MultiLabelMetrics
+        scores = kind(loaded.num_seen, device=loaded.device)
         if config.task == "zero-shot":
             loaded.model.head.use("train")  # type: ignore[operator]
     loader = evaluation_loader(dataset, scores.num_classes, config.batch_size, workers=config.workers)

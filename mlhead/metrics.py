@@ -1,20 +1,42 @@
-"""Multi-label metrics, counted by torchmetrics and averaged as the papers do."""
+"""Metrics of the papers: multi-label as in CSRA and ML-Decoder, the accuracy of single-label classification."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
-from mlhead._check import fail
+from mlhead._average_precision import RankedScores, summed
+from mlhead._check import check_positive, fail
+from mlhead._metric_batches import check_batch, positive, unknown
 from mlhead._sparse_metrics import TopKMetrics, propensities
-from mlhead._usage import require
 from mlhead._zero_shot_metrics import ZeroShotMetrics
+from mlhead.ops import SparseTargets
+from mlhead.ops.topk import _first_largest
 
-__all__ = ["NAMES", "MultiLabelMetrics", "TopKMetrics", "ZeroShotMetrics", "propensities"]
+__all__ = [
+    "ACCURACY",
+    "NAMES",
+    "MultiLabelMetrics",
+    "SingleLabelMetrics",
+    "TopKAccuracy",
+    "TopKMetrics",
+    "ZeroShotMetrics",
+    "main_measure",
+    "propensities",
+]
 
 # The order in which tables and logs show them.
 _AT_THRESHOLD = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 NAMES = ("mAP", *_AT_THRESHOLD, *(f"{name}_top3" for name in _AT_THRESHOLD), "classes")
+ACCURACY = ("top1", "top5")
+
+
+def main_measure(found: Mapping[str, float]) -> str:
+    """The name of the metric that decides which weights are best: accuracy where images have one label, else mAP."""
+    return "top1" if "top1" in found else "mAP"
 
 
 class MultiLabelMetrics:
@@ -28,83 +50,89 @@ class MultiLabelMetrics:
 
     CF1 is made of the means, as in the papers; it is not the mean of the classes' F1. A class without any prediction
     has precision 0. In the "_top3" versions an image keeps at most its 3 highest scores of those at or above
-    the threshold.
+    the threshold; of equal scores the lower class.
+
+    An element whose target is -1, a label that is unknown, is as if it were not there: its class is computed without
+    this image, and the 3 highest scores of the image are those of its other classes.
 
     Args:
         num_classes: C.
         threshold: a class is predicted where its probability is at least this.
-        device: where the counts live.
+        device: where the counts and the scores live.
 
-    Numerics: scores are compared in fp32. All scores are kept for mAP: 5 C bytes an image with the targets.
+    Numerics: scores are compared in fp32; for mAP these are the logits, where no sigmoid makes high scores equal. They
+        are kept: 4 C + 8 m bytes for an image with m positives.
 
-    Source: CSRA, section 4 and Table 4 (mAP, CP to OF1, "Top 3"); ML-Decoder, section 4 (macro mAP).
+    Source: CSRA, section 4 and Table 4 (mAP, CP to OF1, "Top 3") and section 4.2 (unspecified labels); ML-Decoder,
+        section 4 (macro mAP).
     """
 
     def __init__(self, num_classes: int, *, threshold: float = 0.5, device: torch.device | str = "cpu") -> None:
-        classification = require("torchmetrics.classification", "mlhead.metrics")
         if num_classes < 1:
             fail("MultiLabelMetrics", "num_classes", "at least 1", num_classes)
         self.num_classes, self.threshold = num_classes, threshold
-        # One class is "multi-label" too; torchmetrics asks for two, so a second that never occurs stands beside it.
-        self._columns = max(2, num_classes)
-        options = {"num_labels": self._columns, "average": None, "validate_args": False}
-        self._all = classification.MultilabelStatScores(threshold=0.5, **options).to(device)
-        self._top3 = classification.MultilabelStatScores(threshold=0.5, **options).to(device)
-        self._scores: list[Tensor] = []
-        self._truth: list[Tensor] = []
         self.images = 0
+        self._ranked = RankedScores(num_classes, device)
+        # Positives; then predictions and right predictions, of all and of the 3 highest.
+        self._counts = torch.zeros(5, num_classes, dtype=torch.int64, device=device)
 
-    def update(self, logits: Tensor, targets: Tensor) -> None:
-        """Takes a batch: logits (B, C) of any float dtype; targets (B, C) of zeros and ones."""
-        if logits.shape != targets.shape or logits.ndim != 2 or logits.shape[1] != self.num_classes:
-            got = f"{tuple(logits.shape)} and {tuple(targets.shape)}"
-            fail("MultiLabelMetrics", "logits and targets", f"both (B, C) = (B, {self.num_classes})", got)
-        if not logits.isfinite().all():
-            fail("MultiLabelMetrics", "logits", "finite", "NaN or infinity: has the training diverged?")
+    def update(self, logits: Tensor, targets: Tensor | SparseTargets) -> None:
+        """Takes a batch.
+
+        Args:
+            logits: (B, C) of any float dtype.
+            targets: (B, C), or `SparseTargets`. Any value above 0 is a whole positive, -1 is an unknown label.
+
+        Raises:
+            ValueError: the shapes do not fit, a logit is not finite, or a target is out of range.
+            TypeError: logits is no floating tensor, or targets is neither a tensor nor `SparseTargets`.
+        """
+        check_batch("MultiLabelMetrics", logits, targets, self.num_classes)
         if len(logits) == 0:
             return
         self.images += len(logits)
-        scores, truth = logits.detach().float().sigmoid(), targets.long()
-        if self._columns != self.num_classes:
-            scores, truth = (torch.nn.functional.pad(t, (0, self._columns - self.num_classes)) for t in (scores, truth))
-        self._scores.append(scores)
-        self._truth.append(truth.bool())
-        # Given as 0 and 1, so that the threshold is inclusive: torchmetrics' own is not.
-        predicted = (scores >= self.threshold).long()
-        self._all.update(predicted, truth)
-        top = scores.topk(min(3, self._columns), dim=1).indices
-        self._top3.update(predicted * torch.zeros_like(predicted).scatter_(1, top, 1), truth)
+        device = self._counts.device
+        scores = logits.detach().to(device, torch.float32)
+        truth, absent = positive(targets).to(device), unknown(targets)
+        predicted = scores.sigmoid() >= self.threshold
+        if absent is not None:
+            scores = scores.masked_fill(absent.to(device), -torch.inf)
+            predicted.masked_fill_(absent.to(device), False)
+        self._ranked.add(scores, truth)
+        top = _first_largest(scores, min(3, self.num_classes))
+        chosen = torch.zeros_like(predicted).scatter_(1, top, predicted.gather(1, top))
+        found = torch.stack((truth, predicted, predicted & truth, chosen, chosen & truth))
+        self._counts += found.sum(1)
 
-    def compute(self) -> dict[str, float]:
+    def compute(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """Every metric of `NAMES` in [0, 1], and "classes", how many classes had a positive and so entered the means.
+
+        Args:
+            group: the processes that have seen the other images, all of which call this, such as
+                `torch.distributed.group.WORLD`; None where this one has seen all. The result is the same on each, and
+                that of one process. No process gets the scores of everything: each has those of its share of the
+                classes, a few classes at a time.
 
         Raises:
             ValueError: no image was seen, or no class had a positive: there is nothing to average.
         """
-        if self.images == 0:
+        images = int(summed(torch.tensor(self.images, device=self._counts.device), group))
+        if images == 0:
             fail("MultiLabelMetrics", "the data", "at least one image", "none")
-        counts, counts_top3 = self._all.compute(), self._top3.compute()
-        occurring = counts[:, 4] > 0
+        positives, *counts = summed(self._counts, group)
+        occurring = positives > 0
         if not occurring.any():
-            fail("MultiLabelMetrics", "the targets", "positive somewhere", f"{self.images} images without a label")
-        result = {"mAP": self._average_precisions(occurring).double().mean().item()}
-        result |= _precision_recall(counts, occurring, "") | _precision_recall(counts_top3, occurring, "_top3")
+            fail("MultiLabelMetrics", "the targets", "positive somewhere", f"{images} images without a label")
+        result = {"mAP": self._ranked.average_precisions(group)[occurring].mean().item()}
+        for suffix, predicted, right in (("", *counts[:2]), ("_top3", *counts[2:])):
+            result |= _precision_recall(positives, predicted, right, suffix)
         return result | {"classes": int(occurring.sum())}
 
-    def _average_precisions(self, occurring: Tensor) -> Tensor:
-        """AP of the classes that have a positive; torchmetrics warns about any other and gives it a made-up recall."""
-        functional = require("torchmetrics.functional.classification", "mlhead.metrics")
-        (columns,) = occurring.nonzero(as_tuple=True)
-        scores = torch.cat([part[:, columns] for part in self._scores])
-        truth = torch.cat([part[:, columns] for part in self._truth])
-        return functional.multilabel_average_precision(
-            scores, truth.long(), num_labels=len(columns), average=None, validate_args=False
-        )
 
-
-def _precision_recall(counts: Tensor, occurring: Tensor, suffix: str) -> dict[str, float]:
-    """From torchmetrics' (C, 5) of TP, FP, TN, FN, support."""
-    tp, fp, _, fn, _ = counts.double().unbind(dim=1)
+def _precision_recall(positives: Tensor, predicted: Tensor, right: Tensor, suffix: str) -> dict[str, float]:
+    """From the counts (C) of each."""
+    positives, predicted, right = positives.double(), predicted.double(), right.double()
+    occurring = positives > 0
 
     def ratio(a: Tensor, b: Tensor) -> Tensor:
         return torch.where(b > 0, a / b.clamp(min=1e-300), 0.0)
@@ -112,7 +140,108 @@ def _precision_recall(counts: Tensor, occurring: Tensor, suffix: str) -> dict[st
     def f1(p: Tensor, r: Tensor) -> Tensor:
         return ratio(2 * p * r, p + r)
 
-    cp, cr = ratio(tp, tp + fp)[occurring].mean(), ratio(tp, tp + fn)[occurring].mean()
-    op, orr = ratio(tp.sum(), (tp + fp).sum()), ratio(tp.sum(), (tp + fn).sum())
+    cp, cr = ratio(right, predicted)[occurring].mean(), ratio(right, positives)[occurring].mean()
+    op, orr = ratio(right.sum(), predicted.sum()), ratio(right.sum(), positives.sum())
     values = {"CP": cp, "CR": cr, "CF1": f1(cp, cr), "OP": op, "OR": orr, "OF1": f1(op, orr)}
     return {name + suffix: value.item() for name, value in values.items()}
+
+
+class TopKAccuracy:
+    """The share of images whose one label is among the k highest scores, over batches.
+
+    Of equal scores the lower class comes first.
+
+    Args:
+        num_classes: C.
+        ks: the k, in the order in which they are shown; all below C + 1.
+        device: where the counts live, and where batches are counted.
+
+    Source: ML-Decoder, section 4.3 (ImageNet, CIFAR-100, Stanford Cars).
+    """
+
+    def __init__(self, num_classes: int, ks: Sequence[int] = (1, 5), *, device: torch.device | str = "cpu") -> None:
+        where = "TopKAccuracy"
+        check_positive(where, "num_classes", num_classes)
+        for k in ks:
+            check_positive(where, "ks", k)
+        if not ks or len(set(ks)) != len(ks) or max(ks) > num_classes:
+            fail(where, "ks", f"at least one number up to C = {num_classes}, each once", tuple(ks))
+        self.num_classes, self.ks = num_classes, tuple(ks)
+        # Images; then right ones for each k.
+        self._counts = torch.zeros(1 + len(self.ks), dtype=torch.int64, device=device)
+
+    @property
+    def images(self) -> int:
+        """How many images were seen."""
+        return int(self._counts[0])
+
+    def update(self, logits: Tensor, targets: Tensor | SparseTargets) -> None:
+        """Takes a batch.
+
+        Args:
+            logits: (B, C) of any float dtype; compared in fp32.
+            targets: integer classes (B,), or (B, C) or `SparseTargets` with one positive an image.
+
+        Raises:
+            ValueError: the shapes do not fit, a logit is not finite, a class is out of range, or an image has not
+                exactly one label.
+            TypeError: logits is no floating tensor, or targets none of the above.
+        """
+        where = "TopKAccuracy"
+        if isinstance(targets, Tensor) and targets.ndim == 1:
+            targets = self._one_hot(targets)
+        check_batch(where, logits, targets, self.num_classes)
+        device = self._counts.device
+        truth = positive(targets).to(device)
+        labels = truth.sum(1)
+        if not bool((labels == 1).all()):
+            row = int((labels != 1).nonzero()[0])
+            fail(where, "targets", "of one label an image", f"{int(labels[row])} in row {row}")
+        best = _first_largest(logits.detach().to(device, torch.float32), max(self.ks))
+        hits = truth.gather(1, best).sum(0).cumsum(0)
+        self._counts += torch.stack([labels.sum(), *(hits[k - 1] for k in self.ks)])
+
+    def compute(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """{"top1": ..., "top5": ...}, each in [0, 1].
+
+        Args:
+            group: the processes whose images count together, all of which call this; None for this one's alone.
+
+        Raises:
+            ValueError: no image was seen.
+        """
+        images, *right = summed(self._counts, group).tolist()
+        if images == 0:
+            fail("TopKAccuracy", "the data", "at least one image", "none")
+        return {f"top{k}": count / images for k, count in zip(self.ks, right, strict=True)}
+
+    def _one_hot(self, classes: Tensor) -> SparseTargets:
+        if classes.is_floating_point() or classes.is_complex() or classes.dtype == torch.bool:
+            fail("TopKAccuracy", "targets", "of an integer dtype where they are classes (B,)", classes.dtype, TypeError)
+        rows = torch.arange(len(classes) + 1, device=classes.device)
+        return SparseTargets(classes.long(), rows, None, self.num_classes)
+
+
+class SingleLabelMetrics(MultiLabelMetrics):
+    """`MultiLabelMetrics` with "top1" and, of at least 5 classes, "top5": for data whose images have one label each.
+
+    Args:
+        num_classes: C.
+        device: where the counts and the scores live.
+    """
+
+    def __init__(self, num_classes: int, *, device: torch.device | str = "cpu") -> None:
+        super().__init__(num_classes, device=device)
+        self._accuracy = TopKAccuracy(num_classes, [k for k in (1, 5) if k <= num_classes], device=device)
+
+    def update(self, logits: Tensor, targets: Tensor | SparseTargets) -> None:
+        """Takes a batch, as `MultiLabelMetrics` does; images all of whose labels are unknown do not count."""
+        super().update(logits, targets)
+        if isinstance(targets, Tensor):
+            known = (targets >= 0).any(1)
+            logits, targets = logits[known], targets[known]
+        self._accuracy.update(logits, targets)
+
+    def compute(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
+        """All of both."""
+        return {**super().compute(group), **self._accuracy.compute(group)}

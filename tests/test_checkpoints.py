@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import random
 import subprocess
 import sys
@@ -49,6 +52,32 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
     with pytest.raises(OSError, match="no space"):
         write_atomically(path, fail_halfway)
+    assert load_checkpoint(path)["step"] == 1
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_full_disk_is_named_and_leaves_the_old_checkpoint(tmp_path, monkeypatch, inside):
+    """Whether the system refuses a write or, at last, the flush to the disk."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"step": 1, "w": torch.zeros(10)})
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    class Full(io.FileIO):
+        def write(self, data):
+            return super().write(data) if self.tell() < 4096 else full()
+
+    if inside:
+        monkeypatch.setattr(Path, "open", lambda self, mode: Full(self, mode))
+    else:
+        monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(
+        CheckpointError, match=r"last\.pt could not be written: .*No space left on device; the one before"
+    ):
+        save_checkpoint(path, {"step": 2, "w": torch.zeros(100_000)})
+    monkeypatch.undo()
     assert load_checkpoint(path)["step"] == 1
     assert list(tmp_path.iterdir()) == [path]
 

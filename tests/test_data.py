@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from mlhead._usage import UsageError
-from mlhead.data.folder import FolderImages, classes_of, keep_known, open_image, read_classes, read_table, split_rows
+from mlhead.data.folder import classes_of, keep_known, open_image, read_classes, read_table, split_rows
+from mlhead.data.listing import ListImages, from_rows
 from mlhead.data.loading import BadSample, Collate, Sample, TrainingBatches, evaluation_loader, training_loader
 from mlhead.data.reporting import BadDataLog
 from mlhead.data.scenes import GAP_ACROSS, NUM_CLASSES, SPLITS, Scenes, scan_table, scans_of_split
@@ -307,7 +308,7 @@ def test_corrupt_images_are_named_and_the_rest_goes_on(folder):
     broken = corrupt_images(folder)
     path = write(folder, "image,labels\n" + "".join(f"{n},x\n" for n in ["a.png", *broken, "b.png"]))
     rows = read_table(path, folder / "images").rows
-    data = FolderImages(folder / "images", rows, ["x"], lambda image: torch.zeros(3, 4, 4))
+    data = ListImages(from_rows(folder / "images", rows, ["x"]), ["x"], lambda image: torch.zeros(3, 4, 4))
     (batch,) = evaluation_loader(data, 1, 10)
     assert len(batch.images) == 2
     assert [bad.name.rpartition("/")[2] for bad in batch.bad] == broken
@@ -321,7 +322,7 @@ def test_augmentation_depends_on_the_serial_alone(folder):
     def transform(image):
         return torch.tensor([[[random.random(), np.random.rand(), torch.rand(()).item()]]])
 
-    data = FolderImages(folder / "images", rows, ["x"], transform, seed=7)
+    data = ListImages(from_rows(folder / "images", rows, ["x"]), ["x"], transform, seed=7)
     states = random.getstate(), torch.get_rng_state()
     first = [data[i].image for i in range(6)]
     assert states[0] == random.getstate()

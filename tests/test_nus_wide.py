@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
+from mlhead._config import TrainConfig
 from mlhead._usage import UsageError
 from mlhead.data.loading import evaluation_loader
 from mlhead.data.nus_wide import NUSWide, is_nus_wide, parse_labels
@@ -60,7 +60,7 @@ def folder(tmp_path):
 
 def config(folder, **options):
     defaults = {"val_fraction": 0.0, "image_size": 8, "crop_scale": 0.5, "hflip": 0.0, "auto_augment": None, "seed": 0}
-    return SimpleNamespace(**{"data": str(folder), **defaults, "word_vectors": None, **options})
+    return TrainConfig(**{"data": str(folder), "task": "zero-shot", **defaults, **options})
 
 
 def load(folder, said=None, vectors=None, **options):

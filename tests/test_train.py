@@ -16,12 +16,13 @@ import numpy as np
 import pytest
 import torch
 
-from mlhead import building, train
+from mlhead import _trainer, building, train
 from mlhead._config import TrainConfig, load_config, parse_pairs
 from mlhead._progress import Progress, duration
 from mlhead._runlog import RunLog, read_log
 from mlhead._usage import UsageError
 from mlhead.checkpoints import CheckpointError, load_checkpoint
+from mlhead.data.scenes import Scenes
 from mlhead.inference import evaluate_checkpoint, load_model, predict_files
 
 for package in ("timm", "torchmetrics", "sklearn", "yaml", "PIL"):
@@ -110,7 +111,7 @@ def test_resume_after_kill_9_is_exact(tmp_path):
     assert_same(load_checkpoint(whole / "best.pt")["model"], load_checkpoint(broken / "best.pt")["model"])
 
     def history(folder):
-        drop = ("time_s", "images_per_s")
+        drop = ("time_s", "images_per_s", "data_wait")
         return [{k: v for k, v in record.items() if k not in drop} for record in read_log(folder / "log.jsonl")]
 
     assert history(whole) == history(broken)
@@ -131,6 +132,24 @@ def test_resume_from_the_middle_is_exact(tmp_path, options):
     a, b = load_checkpoint(tmp_path / "whole/last.pt"), load_checkpoint(tmp_path / "part/last.pt")
     for part in ("model", "optimizer", "schedule", "scaler"):
         assert_same(a[part], b[part], part)
+
+
+def test_a_process_that_torchrun_restarts_goes_on_by_itself(tmp_path, monkeypatch):
+    options = {"head": "csra", "steps": 8, "eval_every": 8, "checkpoint_every": 5}
+    run(tmp_path / "whole", **options)
+    trainer = train.Trainer(config(tmp_path / "part", **options), stream=io.StringIO())
+    trainer.total_steps = 5
+    trainer.fit()
+    with pytest.raises(UsageError, match="--out must be a folder without a run"):
+        run(tmp_path / "part", **options)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(UsageError, match="--out must be a folder without a run"):
+        run(tmp_path / "part", **options, lr=0.5)
+    assert run(tmp_path / "part", **options, log_every=2).steps == 8
+    a, b = (load_checkpoint(tmp_path / name / "last.pt") for name in ("whole", "part"))
+    assert_same(a["model"], b["model"])
+    run(tmp_path / "new", **options)  # nothing was saved before the failure
+    assert_same(a["model"], load_checkpoint(tmp_path / "new/last.pt")["model"])
 
 
 def test_resume_refuses_changes_and_damaged_files(tmp_path):
@@ -216,6 +235,55 @@ def test_other_losses_train(tmp_path, loss):
     summary = run(tmp_path, head="csra", head_opt={"num_heads": 2, "bias": True}, loss=loss, steps=3)
     assert 0 <= summary.metrics["mAP"] <= 1
     assert summary.steps == 3
+
+
+def test_elements_weigh_what_the_batch_says(tmp_path, monkeypatch):
+    """Classes that weigh nothing in any batch keep the weights they began with."""
+    real = _trainer.training_loader
+
+    def weighted(*arguments, **options):
+        for batch in real(*arguments, **options):
+            weight = torch.ones_like(batch.targets)
+            weight[:, ::2] = 0.0
+            yield batch._replace(weight=weight)
+
+    monkeypatch.setattr(_trainer, "training_loader", weighted)
+    options = {"head": "gap", "steps": 2, "weight_decay": 0.0, "optimizer": "sgd", "lr": 0.5, "eval_every": 2}
+    trainer = train.Trainer(config(tmp_path, **options), stream=io.StringIO())
+    before = trainer.model.head.fc.weight.detach().clone()
+    trainer.fit()
+    moved = (trainer.model.head.fc.weight.detach() - before).abs().sum(dim=1)
+    assert (moved[::2] == 0).all()
+    assert (moved[1::2] > 0).all()
+
+
+def test_mixed_batches_train_other_weights(tmp_path):
+    options = {"head": "gap", "steps": 2, "eval_every": 2}
+    run(tmp_path / "plain", **options)
+    run(tmp_path / "mixed", **options, mixup=0.8, cutmix=1.0)
+    a, b = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("plain", "mixed"))
+    assert not torch.equal(a["head.fc.weight"], b["head.fc.weight"])
+    assert all(r["loss"] < 2 for r in read_log(tmp_path / "mixed/log.jsonl") if r["kind"] == "train")
+
+
+def test_the_share_of_time_that_waits_for_data(tmp_path, monkeypatch):
+    options = {"head": "gap", "num_classes": 10, "image_size": 20, "steps": 6, "eval_every": 6, "log_every": 3}
+    quick = run(tmp_path / "quick", **options)
+    real = Scenes.__getitems__
+
+    def slow(self, serials):
+        if self.split == "train":
+            time.sleep(0.2)
+        return real(self, serials)
+
+    monkeypatch.setattr(Scenes, "__getitems__", slow)
+    late = run(tmp_path / "slow", **options)
+    assert 0 < quick.data_wait < late.data_wait < 1
+    logged = [r["data_wait"] for r in read_log(tmp_path / "slow/log.jsonl") if r["kind"] == "train"]
+    assert late.data_wait == pytest.approx(sum(logged) / 2, abs=0.3)
+    assert len(logged) == 2
+    table = list(csv.DictReader((tmp_path / "slow/log.csv").read_text().splitlines()))
+    assert [float(r["data_wait"]) for r in table if r["kind"] == "train"] == logged
 
 
 HEADS = {
@@ -403,6 +471,17 @@ def test_mistakes_name_the_argument(tmp_path, options, words):
     with pytest.raises(UsageError, match=words) as caught:
         run(tmp_path, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_weights_that_cannot_be_downloaded(tmp_path, monkeypatch):
+    def no_network(*args, **kwargs):
+        raise OSError("no route to host")
+
+    monkeypatch.setattr("timm.create_model", no_network)
+    with pytest.raises(
+        UsageError, match=r"--pretrained must be off where .* of resnet18 cannot be had .* no route to host"
+    ):
+        run(tmp_path, backbone="resnet18", pretrained=True)
 
 
 def test_a_run_is_not_overwritten_by_accident(tmp_path):

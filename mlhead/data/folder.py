@@ -1,26 +1,26 @@
-"""Images in a folder with a CSV of labels; whatever is wrong is reported by name, never dropped silently.
+"""Images in a folder with a table of labels; whatever is wrong is reported by name, never dropped silently.
 
 The CSV has a header and a row for each image: `image,labels`, `cats/1.jpg,cat;sofa`, `dogs/17.png,dog`, `empty/3.jpg,`.
+A parquet file has the same columns.
 """
 
 from __future__ import annotations
 
 import contextlib
-import csv
 import hashlib
+import os
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
-from torch.utils.data import Dataset
 
-from mlhead._usage import UsageError, closest, require, usage_fail
-from mlhead.data._random import stream_key
-from mlhead.data.loading import BadSample, Sample
+from mlhead._usage import closest, require, usage_fail
+from mlhead.data._files import FolderFiles
+from mlhead.data._tables import Columns, read_records
+from mlhead.data.loading import BadSample
 
 
 class Row(NamedTuple):
@@ -41,63 +41,46 @@ class Table(NamedTuple):
 def read_table(
     path: Path, root: Path, *, image_column: str = "image", label_column: str = "labels", delimiter: str = ";"
 ) -> Table:
-    """Reads a CSV of labels and checks every row.
+    """Reads a table of labels and checks every row.
 
     Args:
-        path: a CSV with a header; a column "split" (train, val or test) is used where it exists.
+        path: a CSV with a header, or a parquet file; a column "split" (train, val or test) is used where it exists.
         root: the folder that the image paths are relative to.
         image_column: name of the column with the path of the image.
         label_column: name of the column with the labels. An empty cell is an image without any label, which is allowed.
-        delimiter: what stands between two labels.
+            In parquet a cell may also be a list of labels.
+        delimiter: what stands between two labels of a text.
 
     Returns:
         The usable rows, in file order, and one `BadSample` for each row that is not usable: a wrong number of cells, no
         image, an image seen before, an unknown split, a file that does not exist.
 
     Raises:
-        UsageError: the file is missing, is not UTF-8 text, or lacks a column.
+        UsageError: the file is missing, is not of its kind, or lacks a column; or pyarrow is missing.
     """
     if not path.is_file():
-        usage_fail("--labels", "an existing CSV file", path)
+        usage_fail("--labels", "an existing CSV file or parquet file", path)
     rows: list[Row] = []
     bad: list[BadSample] = []
-    seen: dict[str, int] = {}
-    try:
-        with path.open(newline="", encoding="utf-8-sig") as file:
-            reader = csv.reader(file)
-            header = [cell.strip() for cell in next(reader, [])]
-            for argument, column in (("--image-column", image_column), ("--label-column", label_column)):
-                if column not in header:
-                    usage_fail(argument, f"one of the columns of {path}: {', '.join(header) or 'none'}", repr(column))
-            at_image, at_labels = header.index(image_column), header.index(label_column)
-            at_split = header.index("split") if "split" in header else None
-            for cells in reader:
-                if not cells:
-                    continue  # an empty line holds nothing that could be lost
-                where = f"{path}, line {reader.line_num}"
-                if len(cells) != len(header):
-                    bad.append(BadSample(where, f"{len(cells)} cells where the header has {len(header)}"))
-                    continue
-                image = cells[at_image].strip()
-                split = cells[at_split].strip() if at_split is not None else None
-                labels = tuple(
-                    dict.fromkeys(part.strip() for part in cells[at_labels].split(delimiter) if part.strip())
-                )
-                if not image:
-                    bad.append(BadSample(where, "no image is named"))
-                elif image in seen:
-                    bad.append(BadSample(f"{where}: {image}", f"the same image as in line {seen[image]}"))
-                elif split not in (None, "train", "val", "test"):
-                    bad.append(BadSample(f"{where}: {image}", f"split must be train, val or test, got {split!r}"))
-                elif not (root / image).is_file():
-                    bad.append(BadSample(f"{where}: {image}", f"no such file in {root}"))
-                else:
-                    seen[image] = reader.line_num
-                    rows.append(Row(image, labels, split))
-    except UnicodeDecodeError as error:
-        raise UsageError(f"--labels must be UTF-8 text, got {path} ({error})") from error
-    except csv.Error as error:
-        raise UsageError(f"--labels must be a CSV file, got {path} (line {reader.line_num}: {error})") from error
+    seen: dict[str, str] = {}
+    files = FolderFiles(root)
+    for record in read_records(path, Columns(image_column, label_column, delimiter)):
+        if isinstance(record, BadSample):
+            bad.append(record)
+            continue
+        place, image, labels, split = record
+        where = f"{path}, {place}"
+        if not image:
+            bad.append(BadSample(where, "no image is named"))
+        elif image in seen:
+            bad.append(BadSample(f"{where}: {image}", f"the same image as in {seen[image]}"))
+        elif split not in (None, "train", "val", "test"):
+            bad.append(BadSample(f"{where}: {image}", f"split must be train, val or test, got {split!r}"))
+        elif image not in files:
+            bad.append(BadSample(f"{where}: {image}", f"no such file in {root}"))
+        else:
+            seen[image] = place
+            rows.append(Row(image, labels, split))
     return Table(rows, bad)
 
 
@@ -138,61 +121,22 @@ def split_rows(rows: Sequence[Row], val_fraction: float) -> dict[str, list[Row]]
     for row in rows:
         split = row.split
         if split is None:
-            digest = hashlib.blake2b(row.image.encode(), digest_size=8).digest()
-            split = "val" if int.from_bytes(digest, "big") < val_fraction * 2**64 else "train"
+            split = "val" if is_held_out(row.image, val_fraction) else "train"
         splits[split].append(row)
     return splits
 
 
-class FolderImages(Dataset[Sample]):
-    """Images of a folder with their labels.
-
-    Serial number s stands for row s mod length in epoch s div length. The transform runs under random states seeded by
-    (seed, s) alone, so that augmentation repeats exactly after a resume, whatever the number of workers.
-
-    Args:
-        root: the folder that the rows' paths are relative to.
-        rows: from `read_table`.
-        class_names: every label of the rows is among them.
-        transform: from a PIL image to a tensor (channels, H, W).
-        mode: PIL mode that images are converted to, "RGB" or "L".
-        seed: any whole number.
-    """
-
-    def __init__(
-        self,
-        root: Path,
-        rows: Sequence[Row],
-        class_names: Sequence[str],
-        transform: Callable[[Any], Tensor],
-        *,
-        mode: str = "RGB",
-        seed: int = 0,
-    ) -> None:
-        index = {name: number for number, name in enumerate(class_names)}
-        self.root, self.transform, self.mode, self.seed = root, transform, mode, seed
-        self.num_classes, self.class_names = len(class_names), list(class_names)
-        self.images = [row.image for row in rows]
-        self._labels = [np.array(sorted(index[label] for label in row.labels), np.int64) for row in rows]
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, serial: int) -> Sample | BadSample:  # type: ignore[override]
-        """The sample, or which image could not be read and why."""
-        number = serial % len(self.images)
-        image = open_image(self.root / self.images[number], self.mode)
-        if isinstance(image, BadSample):
-            return image
-        with seeded(stream_key(self.seed, serial)):
-            return Sample(self.transform(image), self._labels[number])
+def is_held_out(image: str, fraction: float) -> bool:
+    """Whether a hash of an image's path puts it into the share that is held out for validation."""
+    digest = hashlib.blake2b(os.fsencode(image), digest_size=8).digest()
+    return int.from_bytes(digest, "big") < fraction * 2**64
 
 
-def open_image(path: Path, mode: str) -> Any:
-    """A fully decoded PIL image, or a BadSample with the reason."""
+def open_image(path: Path | str, mode: str, file: BinaryIO | None = None) -> Any:
+    """A fully decoded PIL image, or a BadSample with the reason; `file` holds it if it is not the file at `path`."""
     pil = require("PIL.Image", "Reading images")
     try:
-        with pil.open(path) as image:
+        with pil.open(path if file is None else file) as image:
             return image.convert(mode)
     except FileNotFoundError:
         return BadSample(str(path), "no such file")

@@ -19,10 +19,12 @@ from torch.utils.data import Dataset
 
 from mlhead._usage import UsageError, closest, usage_fail
 from mlhead.data import folder
+from mlhead.data._files import FolderFiles
 from mlhead.data._word_files import is_array_file, orient, read_array
+from mlhead.data.listing import ListImages, from_rows
 from mlhead.data.loading import BadSample, Sample
 from mlhead.data.reporting import BadDataLog
-from mlhead.data.sources import ImageSpec, backbone_image_spec, label_frequencies, training_transform
+from mlhead.data.sources import ImageSpec, backbone_image_spec, training_transform
 from mlhead.data.word_vectors import load_word_vectors
 
 TABLE, CLASSES, VECTORS = "data.csv", "benchmark_81_v0.json", "wordvec_array.pth"
@@ -71,6 +73,7 @@ class NUSWide:
     """
 
     channels = 3
+    single_label = False
 
     def __init__(self, config: Any, bad_data: BadDataLog, *, word_vectors: Tensor | None = None) -> None:
         self._config = config
@@ -145,11 +148,13 @@ class NUSWide:
             raise UsageError(f"{needs[split]}, got none")
         transform = training_transform(self._config, spec) if split == "train" else spec.transform()
         names = self.class_names[: self.num_seen] if split in ("train", "val") else self.class_names
-        return folder.FolderImages(self._root, rows, names, transform, mode=spec.mode, seed=self._config.seed)
+        listing = from_rows(self._root, rows, names)
+        return ListImages(listing, names, transform, mode=spec.mode, seed=self._config.seed)
 
     def frequencies(self) -> Tensor:
         """For each seen class (num_seen,) its share of the training images, as if there were one with half of each."""
-        return label_frequencies(self._splits["train"], self.class_names[: self.num_seen])
+        seen = self.class_names[: self.num_seen]
+        return from_rows(self._root, self._splits["train"], seen).frequencies(self.num_seen)
 
 
 def parse_labels(cell: str) -> tuple[str, ...]:
@@ -176,6 +181,7 @@ def _read_table(path: Path, root: Path) -> tuple[folder.Table, list[str]]:
     bad: list[BadSample] = []
     lines: dict[str, int] = {}
     labels_seen: set[str] = set()
+    files = FolderFiles(root)
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
@@ -201,7 +207,7 @@ def _read_table(path: Path, root: Path) -> tuple[folder.Table, list[str]]:
                     bad.append(BadSample(f"{where}: {image}", f"split must be train or val, got {split!r}"))
                 elif not labels:
                     bad.append(BadSample(f"{where}: {image}", "no labels"))
-                elif not (root / image).is_file():
+                elif image not in files:
                     bad.append(BadSample(f"{where}: {image}", f"no such file in {root}"))
                 else:
                     lines[image] = reader.line_num

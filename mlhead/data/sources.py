@@ -1,11 +1,10 @@
-"""From the options of a run to datasets: the embedded scenes, or a folder of images with a CSV of labels."""
+"""From the options of a run to datasets: the embedded scenes, or files in one of the layouts."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,8 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from mlhead._usage import UsageError, require, usage_fail
-from mlhead.data import folder
+from mlhead._usage import require, usage_fail
 from mlhead.data.loading import Sample
 from mlhead.data.reporting import BadDataLog
 from mlhead.data.scenes import MEAN, STD, Scenes
@@ -28,7 +26,8 @@ SMALL_BACKBONE_SIZE = 64
 class ImageSpec:
     """What images look like to the model; stored in checkpoints, so that `predict` needs no dataset.
 
-    channels: 1 or 3; height, width: in pixels; mean, std: one number per channel, of pixels in [0, 1].
+    channels: 1 or 3; height, width: in pixels; mean, std: one number per channel, of pixels in [0, 1]; crop_pct: share
+    of an image's shorter side that is seen, or None where the whole image is.
     """
 
     channels: int
@@ -37,17 +36,18 @@ class ImageSpec:
     mean: list[float]
     std: list[float]
     interpolation: str = "bicubic"
+    crop_pct: float | None = None
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """From a PIL image to what the model takes; the whole image is squeezed into the model's shape."""
+        """From a PIL image to what the model takes: its middle, or all of it squeezed into the model's shape."""
         timm_data = require("timm.data", "Preparing images")
         return timm_data.create_transform(
             input_size=(self.channels, self.height, self.width),
             interpolation=self.interpolation,
             mean=tuple(self.mean),
             std=tuple(self.std),
-            crop_pct=1.0,
-            crop_mode="squash",
+            crop_pct=self.crop_pct or 1.0,
+            crop_mode="squash" if self.crop_pct is None else "center",
         )
 
     @property
@@ -95,6 +95,7 @@ class SceneSource:
     """
 
     channels = 1
+    single_label = False
 
     def __init__(self, config: Any) -> None:
         self._config = config
@@ -137,109 +138,41 @@ class SceneSource:
 
 
 def backbone_image_spec(config: Any, backbone: nn.Module) -> ImageSpec:
-    """The size that a backbone was made for, or --image-size; the pixels' mean and std are the backbone's."""
+    """What images look like by --image-size, --normalize and --crop-pct; by default as the backbone was made for."""
     timm_data = require("timm.data", "Preparing images")
     size = config.image_size
-    args = {} if size is None else {"input_size": (3, size, size)}
+    args: dict[str, Any] = {} if size is None else {"input_size": (3, size, size)}
+    if config.normalize == "unit":
+        args |= {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
     facts = timm_data.resolve_data_config(args, model=backbone)
     if size is None and not getattr(backbone, "pretrained_cfg", None):
         facts["input_size"] = (3, SMALL_BACKBONE_SIZE, SMALL_BACKBONE_SIZE)
     _, height, width = facts["input_size"]
-    return ImageSpec(3, height, width, list(facts["mean"]), list(facts["std"]), facts["interpolation"])
+    mean, std = list(facts["mean"]), list(facts["std"])
+    return ImageSpec(3, height, width, mean, std, facts["interpolation"], config.crop_pct)
 
 
 def training_transform(config: Any, spec: ImageSpec) -> Callable[[Any], Tensor]:
-    """From a PIL image to an augmented tensor, by --crop-scale, --hflip and --auto-augment."""
-    return require("timm.data", "Augmentation").create_transform(
+    """From a PIL image to an augmented tensor, by --crop-scale and the options after it."""
+    transform = require("timm.data", "Augmentation").create_transform(
         input_size=(spec.channels, spec.height, spec.width),
         is_training=True,
         scale=(config.crop_scale, 1.0),
         hflip=config.hflip,
+        color_jitter=config.color_jitter or None,
         auto_augment=config.auto_augment,
         interpolation=spec.interpolation,
         mean=tuple(spec.mean),
         std=tuple(spec.std),
+        re_prob=config.random_erasing,
+        re_mode="pixel",
     )
-
-
-def label_frequencies(rows: Sequence[folder.Row], class_names: Sequence[str]) -> Tensor:
-    """For each class (C,) its share of the rows, counted as if there were one more with half of each."""
-    index = {name: number for number, name in enumerate(class_names)}
-    counts = torch.zeros(len(class_names))
-    for row in rows:
-        for label in row.labels:
-            counts[index[label]] += 1
-    return (counts + 0.5) / (len(rows) + 1)
-
-
-class FolderSource:
-    """A folder of images with a CSV of labels.
-
-    Args:
-        config: the options of a run.
-        bad_data: gets every unusable row.
-        class_names: of a model that is already trained, or None to find them in the training rows.
-
-    Raises:
-        UsageError: a missing folder or table, or no usable training image.
-    """
-
-    channels = 3
-
-    def __init__(self, config: Any, bad_data: BadDataLog, class_names: list[str] | None = None) -> None:
-        self._config = config
-        self._root = Path(config.data)
-        if not self._root.is_dir():
-            usage_fail("--data", "'scenes' or an existing folder of images", repr(config.data))
-        if config.labels is None:
-            usage_fail("--labels", "given for a folder of images", None)
-        table = self._read(config.labels)
-        given = folder.read_classes(Path(config.classes)) if config.classes and class_names is None else class_names
-        if given is not None:
-            table = folder.keep_known(table, given)
-        bad_data.add(table.bad)
-        fraction = 0.0 if config.val_labels else config.val_fraction
-        self._splits = folder.split_rows(table.rows, fraction)
-        self.class_names = given or folder.classes_of(self._splits["train"])
-        if config.val_labels:
-            held_out = self._read(config.val_labels)
-            bad_data.add(held_out.bad)
-            self._splits["val"] = held_out.rows
-        # A label that only occurs outside the training rows has no output in the model: such rows are bad.
-        for split, rows in self._splits.items():
-            known = folder.keep_known(folder.Table(rows, []), self.class_names)
-            bad_data.add(known.bad)
-            self._splits[split] = known.rows
-        if not table.rows:
-            raise UsageError(f"--labels must name at least one usable image, got none in {config.labels}")
-        if not self.class_names:
-            raise UsageError(f"--labels must have at least one label, got none in {config.labels}")
-        self.num_seen = len(self.class_names)
-        self.word_vectors: Tensor | None = None
-
-    def _read(self, path: str) -> folder.Table:
-        c = self._config
-        columns = {"image_column": c.image_column, "label_column": c.label_column, "delimiter": c.label_delimiter}
-        return folder.read_table(Path(path), self._root, **columns)
-
-    def image_spec(self, backbone: nn.Module) -> ImageSpec:
-        """The size that the backbone was made for, or --image-size; the pixels' mean and std are the backbone's."""
-        return backbone_image_spec(self._config, backbone)
-
-    def dataset(self, split: str, spec: ImageSpec) -> Dataset[Sample]:
-        """The images of a split; only "train" is augmented."""
-        rows = self._splits[split]
-        if not rows:
-            means = {"train": "--labels", "val": "--val-labels or --val-fraction", "test": "--labels (column split)"}
-            raise UsageError(f"{means[split]} must leave at least one usable image for the {split} split, got none")
-        transform = training_transform(self._config, spec) if split == "train" else spec.transform()
-        return folder.FolderImages(
-            self._root, rows, self.class_names, transform, mode=spec.mode, seed=self._config.seed
-        )
-
-    def frequencies(self) -> Tensor:
-        """For each class (C,) its share of the training images, counted as if there were one more with half of each."""
-        return label_frequencies(self._splits["train"], self.class_names)
+    if config.cutout:
+        # The paper's share is that of a side, torchvision's that of the area; the square lies inside the image.
+        area = config.cutout**2
+        erase = require("torchvision.transforms", "--cutout").RandomErasing(1.0, scale=(area, area), ratio=(1.0, 1.0))
+        transform.transforms.append(erase)
+    return transform
 
 
 class Source(Protocol):
@@ -250,12 +183,17 @@ class Source(Protocol):
         class_names: C names; those that training knows come first.
         num_seen: how many these are.
         word_vectors: (C, W) for zero-shot runs, else None.
+        single_label: whether every image has exactly one label.
     """
 
     channels: int
     class_names: list[str]
     num_seen: int
     word_vectors: Tensor | None
+
+    @property
+    def single_label(self) -> bool:
+        """See above."""
 
     def image_spec(self, backbone: nn.Module) -> ImageSpec:
         """What images look like to the model."""
@@ -278,17 +216,9 @@ def open_source(config: Any, bad_data: BadDataLog, class_names: list[str] | None
     Raises:
         UsageError: the data is not there or cannot be used, or is not that of the class names.
     """
-    source: Source
-    if config.data == "scenes":
-        source = SceneSource(config)
-    elif config.task == "classification":
-        return FolderSource(config, bad_data, class_names)
-    else:
-        from mlhead.data.nus_wide import NUSWide, is_nus_wide
+    from mlhead.data.layouts import open_layout
 
-        if not is_nus_wide(config.data):
-            usage_fail("--data", "'scenes' or a folder in the layout of NUS-WIDE, for --task zero-shot", config.data)
-        source = NUSWide(config, bad_data)
+    source: Source = SceneSource(config) if config.data == "scenes" else open_layout(config, bad_data, class_names)
     if class_names is not None and source.class_names != class_names:
         usage_fail("--data", f"that of the checkpoint, with its {len(class_names)} classes in its order", config.data)
     return source
