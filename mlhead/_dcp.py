@@ -231,8 +231,9 @@ def fill(target: Tensor, whole: Tensor) -> None:
 
 def read(path: Path) -> dict[str, Any]:
     """A whole checkpoint in one process, which need not be one of a group."""
-    plain = read_plain(path)
-    stored = _stored(path, _Reader(complete(path) or path))
+    plain, folder = read_plain(path), complete(path) or path
+    _check_files(folder, {name: facts for name, facts in plain["files"].items() if name == ".metadata"}, ALONE)
+    stored = _stored(path, _Reader(folder))
     tensors = {name: torch.empty(meta.size, dtype=meta.properties.dtype) for name, meta in stored.items()}
     load(path, plain, tensors, ALONE)
     for name, shape in plain["shapes"].items():
@@ -243,7 +244,7 @@ def read(path: Path) -> dict[str, Any]:
 def _stored(path: Path, reader: _Reader) -> dict[str, TensorStorageMetadata]:
     try:
         metadata = reader.read_metadata().state_dict_metadata
-    except (pickle.UnpicklingError, OSError, EOFError, AttributeError, ImportError, TypeError) as error:
+    except (pickle.UnpicklingError, OSError, EOFError, AttributeError, ImportError, TypeError, ValueError) as error:
         raise CheckpointError(checkpoints.damaged(path, _first_line(error))) from error
     return {name: meta for name, meta in metadata.items() if isinstance(meta, TensorStorageMetadata)}
 
@@ -284,6 +285,8 @@ class _Unpickler(pickle.Unpickler):
     """Makes what torch's metadata consist of, and nothing that could run code."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("builtins", "getattr"):  # how Python 3.11 before 3.11.4 writes members of enumerations
+            return _member
         if "." not in name:
             found = super().find_class(module, name)
             if (module, name) in _PLAIN or isinstance(found, torch.dtype):
@@ -292,6 +295,12 @@ class _Unpickler(pickle.Unpickler):
             if data and module.startswith("torch.distributed.checkpoint.") and found.__module__ == module:
                 return found
         raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint")
+
+
+def _member(kind: Any, name: str) -> Any:
+    if not (isinstance(kind, type) and issubclass(kind, Enum)) or name not in kind.__members__:
+        raise pickle.UnpicklingError(f"{name!r} of {kind!r} has no place in a checkpoint")
+    return kind[name]
 
 
 _PATHS = ("PosixPath", "WindowsPath")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import enum
+import io
 import json
 import os
 import pickle
@@ -285,6 +287,12 @@ def test_every_damage_to_a_folder_is_found(tmp_path):
         load_checkpoint(path)
 
 
+class Colour(enum.Enum):
+    """Python 3.11.0 to 3.11.3 pickle a member as getattr(Colour, "RED")."""
+
+    RED = 1
+
+
 class Code:
     """Unpickling it runs a command."""
 
@@ -297,6 +305,11 @@ def test_metadata_run_no_code(tmp_path):
         (tmp_path / ".metadata").write_bytes(pickled)
         with pytest.raises(pickle.UnpicklingError, match=r"system has no place in a checkpoint"):
             _dcp._Reader(tmp_path).read_metadata()
+    found = _dcp._Unpickler(io.BytesIO()).find_class("builtins", "getattr")
+    assert found(Colour, "RED") is Colour.RED
+    for kind, name in ((Colour, "__class__"), (os, "system")):
+        with pytest.raises(pickle.UnpicklingError, match="has no place in a checkpoint"):
+            found(kind, name)
 
 
 def test_the_newest_form_is_taken(tmp_path):
