@@ -124,6 +124,7 @@ def full_disk(out: Path) -> Any:
             resource.setrlimit(resource.RLIMIT_FSIZE, limit)
         after = load_checkpoint(path)
         intact = after["step"] == 1 and bool((after["model"]["w"] == 1).all())
+        processes.gather(None)  # until the first has cleared up
         return processes.gather((said, intact, sorted(p.name for p in path.parent.iterdir())))
 
 
