@@ -271,32 +271,20 @@ def _fit(
 
     Returns the seconds that it took, and what ran on which backend.
     """
-    began = time.monotonic()
-    with record_backends() as backends:
-        _steps(head, features, labels, steps, seed, device, unknown)
-    return time.monotonic() - began, dict(backends)
-
-
-def _steps(
-    head: ZeroShotMLDecoder,
-    features: Tensor,
-    labels: list[list[int]],
-    steps: int,
-    seed: int,
-    device: torch.device,
-    unknown: Sequence[int],
-) -> None:
     optimizer = torch.optim.AdamW(head.train().parameters(), lr=RATE, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, total_steps=steps + 1, cycle_momentum=False)
-    for batch in TrainingBatches(len(features), BATCH, seed=seed, first=0, last=steps):
-        chosen = [serial % len(features) for serial in batch]
-        ignore = [unknown] * len(chosen) if unknown else None
-        targets = SparseTargets.from_lists([labels[i] for i in chosen], head.num_classes, ignore=ignore)
-        loss = head(features[chosen].to(device).float(), targets.to(device))
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+    began = time.monotonic()
+    with record_backends() as backends:
+        for batch in TrainingBatches(len(features), BATCH, seed=seed, first=0, last=steps):
+            chosen = [serial % len(features) for serial in batch]
+            ignore = [unknown] * len(chosen) if unknown else None
+            targets = SparseTargets.from_lists([labels[i] for i in chosen], head.num_classes, ignore=ignore)
+            loss = head(features[chosen].to(device).float(), targets.to(device))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return time.monotonic() - began, dict(backends)
 
 
 @torch.no_grad()

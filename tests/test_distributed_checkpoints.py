@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 import several_processes as several
 import torch
+from states import assert_same
 
 from mlhead import _dcp, _whole_folder, checkpoints, inference
 from mlhead._config import TrainConfig
@@ -26,32 +27,9 @@ from mlhead.distributed import ALONE
 for package in ("timm", "sklearn", "yaml", "safetensors"):
     pytest.importorskip(package)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 EVERYTHING = ("model", "ema", "optimizer", "schedule", "scaler", "own", "step", "loss_count", "best", "metrics")
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def assert_same(a, b, path=""):
-    """Nested states, bit for bit."""
-    assert type(a) is type(b), path
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}/{number}")
-    else:
-        assert a == b, path
 
 
 # Several processes

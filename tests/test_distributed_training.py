@@ -22,6 +22,8 @@ from mlhead.ops import SparseTargets
 for package in ("timm", "sklearn", "yaml", "PIL"):
     pytest.importorskip(package)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
@@ -34,14 +36,6 @@ def two(tmp_path_factory):
         (out / f"data/images/{number:05d}.png").write_bytes(b"not an image")
     several.launch(out, f"2 {' '.join(f'same:{name}' for name in several.SAME)} unreadable agreement", "2 mistake")
     return out
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def largest_difference(a, b):

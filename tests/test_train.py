@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from states import assert_same
 
 from mlhead import _trainer, building, train
 from mlhead._config import TrainConfig, load_config, parse_pairs
@@ -28,17 +29,10 @@ from mlhead.inference import evaluate_checkpoint, load_model, predict_files
 for package in ("timm", "torchmetrics", "sklearn", "yaml", "PIL"):
     pytest.importorskip(package)
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).resolve().parent.parent
 SMALL_DECODER = {"embed_dim": 32, "num_heads": 4, "feedforward_dim": 32, "groups": 20}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As the subprocess that is killed: the order of a sum depends on the number of threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def config(out, **options):
@@ -48,22 +42,6 @@ def config(out, **options):
 
 def run(out, **options):
     return train.train(config(out, **options), stream=io.StringIO())
-
-
-def assert_same(a, b, path=""):
-    """Nested states, bit for bit."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same(a[key], b[key], f"{path}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for number, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same(x, y, f"{path}/{number}")
-    else:
-        assert a == b or (a != a and b != b), path
 
 
 # Resuming
