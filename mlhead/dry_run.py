@@ -5,6 +5,7 @@ The model is built on the meta device, so that no weight is made, read or downlo
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -14,14 +15,17 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from mlhead import building
+from mlhead import _device_part, building
 from mlhead._config import TrainConfig
+from mlhead._spread import Spread
 from mlhead._usage import usage_fail
 from mlhead.backbones import HeadedModel
 from mlhead.data.reporting import BadDataLog
 from mlhead.data.sources import ImageSpec, SceneSource, backbone_image_spec, open_source, seen_then_unseen
+from mlhead.distributed import Processes
 from mlhead.evaluation import AMP_DTYPES
 from mlhead.flops import register_flop_formulas
+from mlhead.heads._decoder import DecoderHead
 from mlhead.memory import head_memory
 from mlhead.recipes import Recipe
 
@@ -37,6 +41,9 @@ class Plan:
         image: channels, height, width.
         backbone, head: numbers of parameters; the norm between them counts as the backbone's.
         flops: of one image in evaluation, two for a multiply-add.
+        devices: that train together.
+        images: of a step, on each of them.
+        here: classes of one device, with those that only fill its last group; all without --class-parallel.
         bytes: of a training step on one device, by what holds them; None for what could not be found.
     """
 
@@ -45,20 +52,27 @@ class Plan:
     backbone: int
     head: int
     flops: int
+    devices: int
+    images: int
+    here: int
     bytes: dict[str, int | None]
 
 
-def plan(config: TrainConfig, *, given_classes: bool, given_data: bool) -> Plan:
+def plan(config: TrainConfig, *, given_classes: bool, given_data: bool, processes: int = 1) -> Plan:
     """Size, FLOPs and memory of a run.
 
     Args:
         config: the options of a run.
         given_classes: whether `config.num_classes` is to be believed where the data are not scenes.
         given_data: whether `config.data` was asked for; if not, there are images of three channels somewhere.
+        processes: that train together, one on each device. Where there is only this one, the run that is meant has as
+            many as --class-parallel says.
 
     Raises:
-        UsageError: the classes are not known, or the model cannot be built.
+        UsageError: the classes are not known, the model cannot be built, or the options do not fit the processes.
     """
+    world = processes if processes > 1 else max(1, config.class_parallel)
+    spread = Spread(config, Processes(world=world), torch.device(_device_type(config)))
     scenes = given_data and config.data == "scenes"
     counts, vectors = _classes(config, scenes, given_classes, given_data)
     channels = 1 if scenes else 3
@@ -72,7 +86,10 @@ def plan(config: TrainConfig, *, given_classes: bool, given_data: bool) -> Plan:
         _count(model.backbone) + _count(model.norm),
         _count(model.head),
         _flops(model, spec),
-        _memory(config, model, spec),
+        world,
+        config.batch_size // world,
+        _device_part.classes_of_a_device(model.head, spread.classes) if spread.classes > 1 else counts[0],
+        _memory(config, model, spec, spread),
     )
 
 
@@ -110,21 +127,42 @@ def _flops(model: HeadedModel, spec: ImageSpec) -> int:
     return counter.get_total_flops()
 
 
-def _memory(config: TrainConfig, model: HeadedModel, spec: ImageSpec) -> dict[str, int | None]:
-    """Bytes of a training step of --batch-size images; the model is of no use afterwards."""
-    weights = sum(p.numel() * p.itemsize for p in model.parameters())
-    buffers = sum(b.numel() * b.itemsize for b in model.buffers())
-    device = "cpu" if config.device == "cpu" else "cuda"
+def _device_type(config: TrainConfig) -> str:
+    return "cpu" if config.device == "cpu" else "cuda"
+
+
+def _memory(config: TrainConfig, model: HeadedModel, spec: ImageSpec, spread: Spread) -> dict[str, int | None]:
+    """Bytes of a training step on one device; the model is of no use afterwards."""
+    batch, dtype = config.batch_size // spread.processes.world, AMP_DTYPES[config.amp]
+    part = copy.deepcopy(model)
+    _device_part.keep_part(part, spread)
+    weights = sum(p.numel() * p.itemsize for p in part.parameters())
+    gradients = sum(p.numel() * p.itemsize for p in part.parameters() if p.requires_grad)
+    buffers = sum(b.numel() * b.itemsize for b in part.buffers())
+    head = model.head
     loss = head_memory(
-        model.num_classes, model.num_features, config.batch_size, loss_in_head=config.fused_loss, device=device
+        model.num_classes,
+        model.num_features,
+        batch,
+        groups=head.groups if isinstance(head, DecoderHead) else 1,
+        loss_in_head=config.fused_loss,
+        device=_device_type(config),
+        devices=spread.classes,
+        own_images=spread.classes > 1,
     )
+    more = _device_part.copies(model, spread)
+    if spread.classes > 1:
+        with META, torch.no_grad():
+            positions = model.forward_features(_images(spec, 1)).numel() // model.num_features
+        more["exchanged features"] = _device_part.exchanged_features(model, spread, batch, positions, dtype)
     return {
         "weights": weights + buffers,
-        "gradients": weights,
-        f"state of {config.optimizer}": _optimizer_state(config, model),
+        "gradients": gradients,
+        f"state of {config.optimizer}": _optimizer_state(config, part),
         "moving average": weights + buffers if config.ema else 0,
-        "activations": _activations(model, spec, config.batch_size, AMP_DTYPES[config.amp]),
+        "activations": _activations(model, spec, batch, dtype),
         "logits and loss": loss.logits + loss.scratch,
+        **more,
     }
 
 
@@ -162,13 +200,14 @@ def _activations(model: HeadedModel, spec: ImageSpec, batch: int, dtype: torch.d
     return sum(storage.nbytes() for key, storage in kept.items() if key not in own)
 
 
-def report(config: TrainConfig, origins: Mapping[str, str], recipe: Recipe | None = None) -> str:
+def report(config: TrainConfig, origins: Mapping[str, str], recipe: Recipe | None = None, *, processes: int = 1) -> str:
     """Everything that is resolved, as text: each option with where it is from, then the `Plan`.
 
     Args:
         config: the options of a run.
         origins: for each option that is not at its default, where it is from.
         recipe: the recipe that was asked for, or None.
+        processes: as for `plan`.
     """
     given_data = "data" in origins or recipe is None
     lines = [f"recipe {recipe.name}: {recipe.score() or 'of your own'}", recipe.notes] if recipe else []
@@ -180,8 +219,11 @@ def report(config: TrainConfig, origins: Mapping[str, str], recipe: Recipe | Non
             origin = "--task"  # which chooses head and loss
         shown = "not given" if item.name == "data" and not given_data else str(value)
         lines.append(f"  {item.name:18} {shown:24} {origin}")
-    found = plan(config, given_classes="num_classes" in origins, given_data=given_data)
+    found = plan(config, given_classes="num_classes" in origins, given_data=given_data, processes=processes)
     seen, unseen = found.classes
+    where = "one device"
+    if found.devices > 1:
+        where = f"one of {found.devices} devices, {found.images:,} on each"
     lines += [
         "model",
         f"  {'classes':18} {seen:,}" + (f" trained, {unseen:,} known by word vectors alone" if unseen else ""),
@@ -189,8 +231,10 @@ def report(config: TrainConfig, origins: Mapping[str, str], recipe: Recipe | Non
         f"  {'backbone':18} {found.backbone:,} parameters",
         f"  {'head':18} {found.head:,} parameters",
         f"  {'FLOPs of an image':18} {found.flops / 1e9:.2f} G, two for a multiply-add",
-        f"memory of a step of {config.batch_size:,} images on one device, an estimate",
+        f"memory of a step of {config.batch_size:,} images on {where}, an estimate",
     ]
+    if found.here != seen:
+        lines.append(f"  {'classes here':18} {found.here:,}")
     for name, size in found.bytes.items():
         lines.append(f"  {name:18} " + ("not included, needs real numbers" if size is None else f"{size / 1e9:.3f} GB"))
     lines.append(f"  {'sum':18} {sum(size or 0 for size in found.bytes.values()) / 1e9:.3f} GB")

@@ -26,6 +26,7 @@ ALLOWED: dict[str, set[str] | None] = {
     "testing": {"ops", "reference", "_backend", "_check", "kernels"},
     "info": {"_backend", "_extension"},
     "cli": None,
+    "commands": None,
     "__main__": None,
     "__init__": None,
 }
@@ -71,6 +72,15 @@ def test_imports_go_one_way(path: Path) -> None:
     outside = {name.split(".")[0] for name in imported}
     assert "triton" not in outside or part == "testing", "only kernels import triton"
     assert "timm" not in outside or part in ONLY_HERE["timm"], "only backbones and the training loop import timm"
+
+
+def test_every_package_is_installed() -> None:
+    project = ROOT.parent / "pyproject.toml"
+    if not project.is_file():
+        pytest.skip("needs pyproject.toml, which is beside the package in a checkout")
+    listed = project.read_text().partition("packages = [")[2].partition("]")[0]
+    packages = {".".join(file.parent.relative_to(ROOT.parent).parts) for file in FILES if file.name == "__init__.py"}
+    assert packages <= {name.strip(' ",') for name in listed.splitlines()}
 
 
 def test_kernels_import_torch_and_triton_only() -> None:
