@@ -73,7 +73,7 @@ static int64_t packed_offset(const QueryBlocks& blocks, int64_t d, int64_t i) {
   return offset;
 }
 
-// All blocks of one head, for all images; `packed` holds packed_bytes.
+// All blocks of one head, for all images, and after them its rows as numbers of T; `packed` holds packed_bytes.
 template <typename S>
 static void pack_queries(const AttentionTask& t, void* packed) {
   using T = typename Accumulate<S>::type;
@@ -84,12 +84,13 @@ static void pack_queries(const AttentionTask& t, void* packed) {
     transpose_block<S, T>(blocks.size(i), t.d, t.q, blocks.first(i), to, width);
     to += t.d * width;
   }
+  copy_block<S, T>(t.G, t.d, static_cast<const S*>(t.q.data), t.q.rows, t.q.columns, to, t.d);
 }
 template <typename S>
 static int64_t packed_bytes(int64_t G, int64_t d, int64_t most_queries) {
   using T = typename Accumulate<S>::type;
   const QueryBlocks blocks(G, most_queries);
-  return packed_offset<T>(blocks, d, blocks.count) * int64_t(sizeof(T));
+  return (packed_offset<T>(blocks, d, blocks.count) + G * d) * int64_t(sizeof(T));
 }
 
 // q^T of block i, (d, padded): what pack_queries left, or made in `own`.
@@ -98,6 +99,14 @@ static const T* transposed_queries(const AttentionTask& t, const QueryBlocks& bl
   if (t.packed) return static_cast<const T*>(t.packed) + packed_offset<T>(blocks, t.d, i);
   transpose_block<S, T>(blocks.size(i), t.d, t.q, blocks.first(i), own, padded<T>(blocks.size(i)));
   return own;
+}
+
+// Rows of block i of the queries as numbers of T.
+template <typename S, typename T>
+static Numbers<T> query_rows(const AttentionTask& t, const QueryBlocks& blocks, int64_t i, T* copy) {
+  if (!t.packed) return numbers<S, T>(t.q, blocks.first(i), blocks.size(i), t.d, copy);
+  const T* rows = static_cast<const T*>(t.packed) + packed_offset<T>(blocks, t.d, blocks.count);
+  return {rows + blocks.first(i) * t.d, t.d, 1};
 }
 
 // What dropout multiplies the weights of position l and the queries of one register by.
@@ -286,7 +295,7 @@ static void attend_backward(const AttentionTask& t) {
   for (int64_t i = 0; i < blocks.count; ++i) {
     const int64_t first = blocks.first(i), count = blocks.size(i), width = padded<T>(count);
     const T* q_t = transposed_queries<S, T>(t, blocks, i, own_queries);
-    const Numbers<T> q = numbers<S, T>(t.q, first, count, d, copy_q);
+    const Numbers<T> q = query_rows<S, T>(t, blocks, i, copy_q);
     copy_block<S, T>(count, d, static_cast<const S*>(t.dout.data) + first * t.dout.rows, t.dout.rows, t.dout.columns,
                      dout_rows, d);
     transpose_block<T, T>(count, d, {dout_rows, d, 1}, 0, dout_t, width);

@@ -99,8 +99,9 @@ MLHEAD_INLINE void asl_element(const LossOptions& o, Vec<T> z, Vec<T> y, Vec<T>&
   // Negatives: log(q + m), which near 1 is log1p(-(p - m)).
   const Vec<T> above = s.p - margin, base = above > T(0) ? above : Vec<T>{}, rest = s.q + margin;
   const Vec<T> kept = rest > eps ? rest : Vec<T>{} + eps;
-  const Vec<T> near = log1p_near<T>(base < T(0.5) ? -base : Vec<T>{}), far = log_of<T>(kept);
-  const Vec<T> log_rest = base < T(0.5) ? near : far;
+  const auto small = (base < T(0.5)) & (rest >= eps);
+  const Vec<T> near = log1p_near<T>(small ? -base : Vec<T>{}), far = log_of<T>(kept);
+  const Vec<T> log_rest = small ? near : far;
   const Vec<T> focal = o.gamma_neg > 0 ? power_of<T>(base, o.gamma_neg) : Vec<T>{} + T(1);
   loss = -focal * log_rest;
   const auto inside = (rest <= T(1)) & (rest >= eps);

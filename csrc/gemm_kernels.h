@@ -111,7 +111,7 @@ static void run_column(const BlockA<T>& a, int64_t K, const T* b, T* c, int64_t 
       const int64_t whole = a.m == 1 ? rows - rows % kLanes<T> : 0;
       for (int64_t m = 0; m < whole; m += kVectors * kLanes<T>) {
         const int64_t vectors = min(kVectors, (whole - m) / kLanes<T>);
-        const Tile<T> t{K, b, 0, 1, from + m, a.k, nullptr, sums + m, 0, 0, vectors * kLanes<T>, nullptr, false};
+        const Tile<T> t{K, b, 0, 1, from + m, a.k, nullptr, sums + m, 0, 0, vectors * kLanes<T>, nullptr, false, 1};
         call_tile_n<T, T>(1, vectors, false, t);
       }
       for (int64_t m = whole; m < rows; ++m) {
@@ -176,8 +176,9 @@ static void run_n(const Gemm& g, const Plan& plan, int64_t m0, int64_t m1, int64
         t.bias = bias ? bias + n : nullptr;
         t.accumulate = kb > 0 || g.accumulate;
         const int64_t step = rows_of(int(vectors));
-        for (int64_t m = 0; m < a.rows; m += step) {
+        for (int64_t m = 0; m < a.rows; m += step * t.count) {
           const bool first = m == 0 && !pack_b;  // reads B in place, and packs it if more rows follow
+          t.count = first ? 1 : max(1, (a.rows - m) / step);
           t.b = first ? static_cast<const void*>(b + n) : packed_b + (pack_b ? v0 * L * block_k : 0);
           t.b_k = first ? g.b_k : w;
           t.a = a.data + m * a.m;

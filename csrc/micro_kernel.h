@@ -38,15 +38,17 @@ struct Tile {
   int64_t begin, end;  // the columns of the tile that are written: all V * L, fewer at an edge
   const T* bias;       // added when the sum is complete; or null
   bool accumulate;     // C holds the sum over earlier blocks of k
+  int64_t count;       // of tiles one below the other
 };
 
 // Writes only the columns from begin to end.
 template <typename T>
-static __attribute__((noinline)) void store_edge(const Tile<T>& t, int rows, int vectors, const Vec<T>* acc) {
+static __attribute__((noinline)) void store_edge(const Tile<T>& t, T* first_c, int rows, int vectors,
+                                                 const Vec<T>* acc) {
   constexpr int L = kLanes<T>;
   for (int r = 0; r < rows; ++r)
     for (int v = 0; v < vectors; ++v) {
-      T* c = t.c + r * t.c_m + v * L;
+      T* c = first_c + r * t.c_m + v * L;
       const T* bias = t.bias ? t.bias + v * L : nullptr;
       Vec<T> sum = acc[r * vectors + v];
       const int64_t first = max(0, t.begin - v * L), last = min(L, t.end - v * L);
@@ -68,44 +70,59 @@ static __attribute__((noinline)) void store_edge(const Tile<T>& t, int rows, int
 template <typename T, typename S, bool PACK, int R, int V>
 static void tile_n(const Tile<T>& t) {
   constexpr int L = kLanes<T>;
-  Vec<T> acc[R][V] = {};
-  const T* a = t.a;
-  const S* b = static_cast<const S*>(t.b);
-  T* packed = t.packed;
-  const int64_t a_m = t.a_m, a_k = t.a_k, b_k = t.b_k;
-  for (int64_t k = 0; k < t.K; ++k) {
-    Vec<T> bv[V];
+  const int64_t K = t.K, a_m = t.a_m, a_k = t.a_k, b_k = t.b_k, c_m = t.c_m;
+  const T* const bias = t.bias;
+  const T* rows = t.a;
+  T* c = t.c;
+  for (int64_t i = t.count; i > 0; --i, rows += R * a_m, c += R * c_m) {
+    Vec<T> acc[R][V] = {};
+    const T* a = rows;
+    const S* b = static_cast<const S*>(t.b);
+    T* packed = t.packed;
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < K; ++k) {
+      Vec<T> bv[V];
 #pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      bv[v] = load(b + v * L);
-      if (PACK) store(packed + v * L, bv[v]);
+      for (int v = 0; v < V; ++v) {
+        bv[v] = load(b + v * L);
+        if (PACK) store(packed + v * L, bv[v]);
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const T x = a[r * a_m];
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[r][v] += x * bv[v];
+      }
+      a += a_k;
+      b += b_k;
+      if (PACK) packed += V * L;
+    }
+    if (t.begin > 0 || t.end < V * L) {  // out of line: rare, and its code would be longer than all the rest
+      Vec<T> edge[R * V];
+#pragma GCC unroll 32
+      for (int i = 0; i < R * V; ++i) edge[i] = acc[i / V][i % V];
+      store_edge<T>(t, c, R, V, edge);
+      continue;
+    }
+    if (bias) {
+#pragma GCC unroll 8
+      for (int v = 0; v < V; ++v) {
+        const Vec<T> x = load(bias + v * L);
+#pragma GCC unroll 16
+        for (int r = 0; r < R; ++r) acc[r][v] += x;
+      }
+    }
+    if (t.accumulate) {
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < V; ++v) acc[r][v] += load(c + r * c_m + v * L);
     }
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const T x = a[r * a_m];
+    for (int r = 0; r < R; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < V; ++v) acc[r][v] += x * bv[v];
-    }
-    a += a_k;
-    b += b_k;
-    if (PACK) packed += V * L;
+      for (int v = 0; v < V; ++v) store(c + r * c_m + v * L, acc[r][v]);
   }
-  if (t.begin > 0 || t.end < V * L) {  // out of line: rare, and its code would be longer than all the rest
-    Vec<T> edge[R * V];
-#pragma GCC unroll 32
-    for (int i = 0; i < R * V; ++i) edge[i] = acc[i / V][i % V];
-    store_edge<T>(t, R, V, edge);
-    return;
-  }
-#pragma GCC unroll 8
-  for (int r = 0; r < R; ++r)
-#pragma GCC unroll 8
-    for (int v = 0; v < V; ++v) {
-      T* c = t.c + r * t.c_m + v * L;
-      if (t.accumulate) acc[r][v] += load(c);
-      if (t.bias) acc[r][v] += load(t.bias + v * L);
-      store(c, acc[r][v]);
-    }
 }
 
 // C(r, v) [+]= sum_k a(r, k) b(v, k), both with k contiguous.

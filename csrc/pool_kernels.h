@@ -38,6 +38,10 @@ struct ExpConstants<double> {
   static constexpr double ln2_high = 6.93145751953125e-1, ln2_low = 1.42860682030941723212e-6;
 };
 
+inline constexpr double kInverseFactorials[] = {
+    1.0,        1.0,         1.0 / 2,      1.0 / 6,       1.0 / 24,       1.0 / 120,       1.0 / 720,
+    1.0 / 5040, 1.0 / 40320, 1.0 / 362880, 1.0 / 3628800, 1.0 / 39916800, 1.0 / 479001600, 1.0 / 6227020800};
+
 // e^x for x <= 0: 2^n e^r with |r| <= ln 2 / 2 and the Taylor series of e^r; below `lowest` it stays at e^lowest.
 // The relative error is 2 ulp or so: that of r, for r is rounded once more than needed.
 template <typename T>
@@ -49,9 +53,9 @@ MLHEAD_INLINE Vec<T> exp_of_negative(Vec<T> x) {
   const Vec<T> shifted = x * T(1.44269504088896340736) + K::magic;
   const Vec<T> n = shifted - K::magic;
   const Vec<T> r = (x - n * K::ln2_high) - n * K::ln2_low;
-  Vec<T> series = Vec<T>{} + T(1);
+  Vec<T> series = Vec<T>{} + T(kInverseFactorials[K::degree]);
 #pragma GCC unroll 16
-  for (int i = K::degree; i > 0; --i) series = series * (r * T(1.0 / i)) + T(1);
+  for (int i = K::degree - 1; i >= 0; --i) series = series * r + T(kInverseFactorials[i]);
   const Integers exponent = Integers(shifted) - K::magic_bits;
   return Vec<T>(Integers(series) + (exponent << K::mantissa));
 }

@@ -183,6 +183,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<WIDTH>)
   const int r = int(threadIdx.x) / 32 * (32 / kParts) + lane % (32 / kParts), part = lane / (32 / kParts);
   const Sum scale = Sum(p.scale);
   Sum most = -Sum(INFINITY), total = 0;  // of the row: the maximum so far, and the thread's share of the sum
+  bool met = false;                      // whether the thread has met a key
 
   typename S::Sums sums;
   const int images = RESULT == AttentionResult::dq ? chunk_images : 1, first_b = chunk * images;
@@ -213,14 +214,16 @@ __global__ void __launch_bounds__(kThreads, kBlocks<WIDTH>)
       if constexpr (kOut) {
         const Sum before = most;
 #pragma unroll 4
-        for (int c = part; c < kTile; c += kParts)
+        for (int c = part; c < kTile; c += kParts) {
           if (score(c) > most) most = score(c);
+          met |= attended[c];
+        }
         of_rows[part][r] = most;
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < kParts; ++i)
           if (of_rows[i][r] > most) most = of_rows[i][r];
-        // A row that has met no key yet: any number that is not infinite makes its weights 0.
+        // A row without a score above -infinity yet: any number that is not infinite makes its weights 0.
         const Sum offset = most == -Sum(INFINITY) ? Sum(0) : most;
         const Sum shrink = exponential((before - offset) * scale);
         total *= shrink;
@@ -262,7 +265,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<WIDTH>)
         }
 #pragma unroll 4
         for (int c = part; c < kTile; c += kParts) {
-          Sum weight = 0;
+          Sum weight = inverse - inverse;  // 0, but NaN where the query's weights are
           if (live && attended[c]) {
             weight = exponential((scores[c] - offset) * scale) * inverse;
             const bool keeps = image.keeps(i0 + uint32_t(c));
@@ -271,7 +274,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<WIDTH>)
               // A weight of 1 does not change; where it is kept, the difference is what rounding has left of 0.
               weight = weight == 1 && keeps ? 0 * difference : weight * difference;
             } else if (!keeps) {
-              weight = 0;
+              weight *= 0;
             }
           }
           weights[c] = from_sum<T>(weight);
@@ -300,7 +303,8 @@ __global__ void __launch_bounds__(kThreads, kBlocks<WIDTH>)
 
   __syncthreads();
   if constexpr (kOut) {
-    of_rows[part][r] = total;
+    // Keys whose scores are all -infinity have no weights, as in softmax; without any key the sum is 0.
+    of_rows[part][r] = met && most == -Sum(INFINITY) ? Sum(NAN) : total;
     __syncthreads();
     total = of_rows[0][r];
 #pragma unroll

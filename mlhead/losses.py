@@ -166,13 +166,18 @@ def asymmetric_loss(
         _check.fail(where, "eps", "in (0, 1)", eps)
     y = _dense_targets(where, targets, z, 0.0)
 
-    p, q = torch.sigmoid(z), torch.sigmoid(-z)  # q = 1 - p without cancellation
+    below = z < 0
+    small = torch.sigmoid(torch.where(below, z, -z))  # of p and q = 1 - p the smaller, so that no gradient cancels
+    p, q = torch.where(below, small, 1.0 - small), torch.where(below, 1.0 - small, small)
+    base = (p - margin).clamp(min=0.0)  # 1 - pm
     positive = F.logsigmoid(z).clamp(min=math.log(eps))
-    negative = (q + margin).clamp(max=1.0).clamp(min=eps).log()
+    # log pm from 1 - pm where that is small: the digits of a small p are lost in q + margin.
+    negative = torch.where(base < 0.5, torch.log1p(-base.clamp(max=0.5)), (q + margin).clamp(min=eps).log())
+    negative = negative.clamp(min=math.log(eps))
     if gamma_pos > 0:
         positive = positive * _focal(q, gamma_pos, detach_focal)
     if gamma_neg > 0:
-        negative = negative * _focal((p - margin).clamp(min=0.0), gamma_neg, detach_focal)
+        negative = negative * _focal(base, gamma_neg, detach_focal)
     return _finish(where, -(y * positive + (1.0 - y) * negative), weight, reduction)
 
 

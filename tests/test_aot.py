@@ -28,13 +28,18 @@ def survey(folder: Path, *arguments: str) -> list[dict]:
 def with_products() -> set[str]:
     """The names of the kernels that multiply matrices."""
     sources = [path.read_text() for path in (ROOT / "kernels").glob("*.py")]
-    bodies = [body for source in sources for body in source.split("@triton.jit\ndef ")[1:]]
-    return {body.split("(")[0] for body in bodies if "tl.dot(" in body}
+    bodies = {body.split("(")[0]: body for source in sources for body in source.split("@triton.jit\ndef ")[1:]}
+    names = {"tl.dot"}
+    while found := {n for n, body in bodies.items() if n not in names and any(f"{name}(" in body for name in names)}:
+        names |= found
+    return names & bodies.keys()
 
 
 def check_rows(rows: list[dict], targets: set[str]) -> None:
     products = with_products()
-    assert {"group_fc_forward_kernel", "csra_fused_forward_kernel"} <= products
+    attention = {f"query_attention_{name}_kernel" for name in ("forward", "backward", "keys_backward")}
+    assert {"group_fc_forward_kernel", "csra_fused_forward_kernel", *attention} <= products
+    assert "csra_pool_scores_kernel" not in products
     assert {row["op"] for row in rows} == set(aot.names_with_kernels())
     assert {row["target"] for row in rows} == targets
     for row in rows:

@@ -99,7 +99,7 @@ def test_chunks_fit_the_scratch() -> None:
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
 def test_tiles_waste_little_and_count_their_images() -> None:
-    from mlhead.kernels import csra_pool as kernels
+    from mlhead.kernels import csra_pool_fused as kernels
 
     for B, L in ((64, 196), (128, 49), (256, 49), (64, 784)):
         assert kernels.wasted(B, L, 128) < 0.01
@@ -114,7 +114,7 @@ def test_tiles_waste_little_and_count_their_images() -> None:
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
 def test_the_shape_decides_the_design() -> None:
-    from mlhead.kernels import csra_pool as kernels
+    from mlhead.kernels import csra_pool_fused as kernels
 
     assert kernels.forward_design(2, 49, 512, 20, 2, 1) == "fused"
     assert kernels.forward_design(64, 4, 512, 80, 2, 1) == "chunked"  # 33 images to a tile

@@ -269,6 +269,28 @@ def test_nan_reaches_its_own_image_only(library: ctypes.CDLL, dtype: torch.dtype
     assert bool(results["out"][0].isnan().all() and results["k"][0].isnan().all() and results["v"][0].isnan().all())
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("dropout", [0.0, 0.3])
+@pytest.mark.parametrize("L", [7, 150])
+def test_scores_of_minus_infinity_alone_are_nan(
+    library: ctypes.CDLL, dtype: torch.dtype, masked: bool, dropout: float, L: int
+) -> None:
+    """In one head of the first image; NaN exactly where the reference has it, and 0 where the last has no key."""
+    sample = make(dtype, 3, L, 5, 4, heads=2, masked=masked, dropout=dropout, per_image=True)
+    q, k, _ = _inputs(sample)
+    q.abs_()
+    k[0, sample.options["key_mask"][0] if masked else slice(None), 1] = -math.inf
+    results = run_like_the_op(library, sample)
+    assert bool((results["kept"][0, 0, 1]).isnan().all() and results["kept"][1:].isfinite().all())
+    assert bool(results["out"][0, :, :4].isnan().all())
+    expected = plain_torch(sample)
+    for name in ("out", *"qkv"):
+        assert torch.equal(results[name].isnan(), expected[name].isnan()), name
+    if masked:
+        assert bool((results["out"][2] == 0).all() and (results["kept"][2] == 0).all())
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dropout", [0.0, 0.25])
 @pytest.mark.parametrize(("L", "needs"), [(60, "qkv"), (140, "v")])

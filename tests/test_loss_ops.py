@@ -77,6 +77,20 @@ def test_equals_the_loss_of_the_logits(backend: str, loss: str, reduction: str, 
 
 
 @each_backend
+@pytest.mark.parametrize("detach", [True, False])
+@pytest.mark.parametrize("eps", [0.3, 0.9])
+def test_asl_clamps_both_logarithms_for_any_eps(backend: str, eps: float, detach: bool) -> None:
+    """An eps so large that the clamp acts on the negatives that are no error, too."""
+    leaves, y = _head(), _labels()
+    extra: dict[str, Any] = {"eps": eps, "gamma_neg": 1.0, "detach_focal": detach}
+    want = losses.asymmetric_loss(group_fc(*leaves, C), y, **extra)
+    got = group_fc_loss(*leaves, y, C, loss="asl", backend=backend, **extra)
+    torch.testing.assert_close(got, want)
+    for a, b in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(want, leaves), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@each_backend
 @pytest.mark.parametrize("loss", LOSSES)
 def test_csra_equals_the_loss_of_the_logits(backend: str, loss: str) -> None:
     torch.manual_seed(0)

@@ -99,6 +99,40 @@ def test_asl_is_the_formula(gamma_neg: float, gamma_pos: float, margin: float, d
         torch.testing.assert_close(grad, theirs)
 
 
+@pytest.mark.parametrize("detach", [True, False], ids=["detached", "full"])
+@pytest.mark.parametrize("gamma", [0.0, 1.0, 4.0])
+@pytest.mark.parametrize("margin", [0.0, 0.05])
+def test_asl_of_negatives_keeps_its_digits(margin: float, gamma: float, detach: bool) -> None:
+    """fp32 against fp64 from the easiest negatives to the clamp: a relative error, however small the loss is."""
+    z = torch.linspace(-80, 18, 1961)[None].requires_grad_()
+    ours = asymmetric_loss(
+        z, torch.zeros_like(z), gamma_neg=gamma, margin=margin, detach_focal=detach, reduction="none"
+    )
+    exact = z.detach().double().requires_grad_()
+    p = torch.sigmoid(exact)
+    base = (p - margin).clamp(min=0)
+    expected = -((base.detach() if detach else base) ** gamma) * torch.log1p(-base)
+    # A unit in the last place of p is p / (p - margin) units of p - margin, which is raised to gamma; a few units more
+    # are those of sigmoid, the power, the logarithm and the products.
+    units = (p / base).detach() * (gamma + 1) * 8 * torch.finfo(torch.float32).eps
+    for got, want in (
+        (ours, expected),
+        (torch.autograd.grad(ours.sum(), z)[0], torch.autograd.grad(expected.sum(), exact)[0]),
+    ):
+        error = (got.double() - want).abs().detach()
+        some = base > 0
+        assert bool((error[some] <= units[some] * want[some].abs() + torch.finfo(torch.float32).tiny).all())
+        assert bool((got[~some] == 0).all())
+
+
+def test_asl_clamps_both_logarithms() -> None:
+    """Also where eps is so large that the clamp acts on likely labels."""
+    z, y = inputs()
+    for eps in (1e-3, 0.3, 0.9):
+        ours = asymmetric_loss(z, y, margin=0.05, gamma_neg=0, eps=eps, reduction="none")
+        torch.testing.assert_close(ours, literal_asl(z, y, 0, 0, 0.05, eps))
+
+
 def test_asl_defaults() -> None:
     """Gamma 4 and 0, margin 0.05, eps 1e-8, focal weights detached, mean."""
     z, y = inputs()

@@ -178,12 +178,12 @@ def test_a_replaced_configuration_reaches_the_pass():
     p = Problem(CASES["query_attention"].workloads["coco"], 2, H100)
     picker = sites.Picker()
     launches.passes("query_attention", p, picker)
-    shipped = sites.BY_TITLE["query_attention.backward_tile"].function()(
-        *picker.called["query_attention.backward_tile"][0]
+    shipped = sites.BY_TITLE["query_attention_backward.backward_tile"].function()(
+        *picker.called["query_attention_backward.backward_tile"][0]
     )
-    assert "query_attention.keys_tile" not in picker.called
+    assert "query_attention_keys_backward.keys_tile" not in picker.called
     small = replace(shipped, BLOCK_G=32)
-    again = sites.Picker({"query_attention.backward_tile": small})
+    again = sites.Picker({"query_attention_backward.backward_tile": small})
     kernels = [w.kernel for w in launches.passes("query_attention", p, again)["backward"]]
     assert "query_attention_keys_backward_kernel" in kernels  # the queries do not fit one tile
 

@@ -10,8 +10,9 @@ import torch
 
 from mlhead._config import TrainConfig
 from mlhead._usage import UsageError
+from mlhead.data.listing import ImageList
 from mlhead.data.loading import evaluation_loader
-from mlhead.data.nus_wide import NUSWide, is_nus_wide, parse_labels
+from mlhead.data.nus_wide import SPLITS, NUSWide, is_nus_wide, parse_labels
 from mlhead.data.reporting import BadDataLog
 
 Image = pytest.importorskip("PIL.Image")
@@ -90,6 +91,26 @@ def test_classes_splits_and_vectors(folder):
     assert shown(source, "zsl") == {"v0.png": ["sky", "zebra"], "v2.png": ["bird"]}
     assert source.left_out == {"train": 1, "val": 0}
     assert torch.allclose(source.frequencies(), torch.full((4,), 1.5 / 4))
+
+
+def test_lists_are_packed_once(folder, monkeypatch):
+    """Each split when the folder is opened, and never again for the answers made of it."""
+    packed, collect = [], ImageList.collect
+
+    def recorded(*arguments):
+        packed.append(collect(*arguments))
+        return packed[-1]
+
+    monkeypatch.setattr(ImageList, "collect", recorded)
+    source = load(folder, val_fraction=0.5)
+    assert len(packed) == len(SPLITS)
+    spec = source.image_spec(torch.nn.Identity())
+    for _ in range(2):
+        source.frequencies()
+        for split, own in zip(SPLITS, packed, strict=True):
+            if len(own):
+                assert source.dataset(split, spec).listing is own
+    assert len(packed) == len(SPLITS)
 
 
 def test_batches_of_a_split(folder):

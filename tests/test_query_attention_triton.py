@@ -14,7 +14,10 @@ from mlhead.testing import CASES, check, oracle, plain_torch
 pytest.importorskip("triton")
 
 from mlhead.kernels import query_attention as kernels
+from mlhead.kernels import query_attention_backward as backward
 from mlhead.kernels._device import H100, Device
+from mlhead.kernels._query_attention import head_parts, vectorised
+from mlhead.kernels.query_attention_keys_backward import keys_tile
 
 CASE = CASES["query_attention"]
 A100 = Device(capability=80, multiprocessors=108, shared_bytes=166_912)
@@ -66,7 +69,7 @@ def test_wide_heads(dims: Mapping[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("images", [1, 2, 3, 7])
 def test_runs_of_images(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queries' gradient is the same sum however many images a program takes; the last run may be short."""
-    monkeypatch.setattr(kernels, "images_per_program", lambda B, H: images)
+    monkeypatch.setattr(backward, "images_per_program", lambda B, H: images)
     for dims in (
         {"B": 7, "L": 9, "E": 16, "G": 5, "heads": 2, "dropout": 0.3},
         {"B": 7, "L": 70, "E": 16, "G": 5, "heads": 1, "masked": True},
@@ -119,7 +122,7 @@ def test_the_mask_is_the_reference_s(dropout_p: float, seed: int) -> None:
 
 
 def test_heads_are_cut_in_two_powers_of_two() -> None:
-    found = {width: kernels.head_parts(width) for width in (1, 16, 17, 64, 80, 96, 100, 128)}
+    found = {width: head_parts(width) for width in (1, 16, 17, 64, 80, 96, 100, 128)}
     assert found == {
         1: (16, 0),
         16: (16, 0),
@@ -131,13 +134,13 @@ def test_heads_are_cut_in_two_powers_of_two() -> None:
         128: (128, 0),
     }
     for width in range(1, 129):
-        first, second = kernels.head_parts(width)
+        first, second = head_parts(width)
         assert width <= first + second < 2 * width + 32
 
 
 @pytest.mark.parametrize("device", [H100, A100], ids=["sm_90", "sm_80"])
 def test_tiles_fit_every_shape(device: Device) -> None:
-    for tile_of in (kernels.forward_tile, kernels.backward_tile, kernels.keys_tile):
+    for tile_of in (kernels.forward_tile, backward.backward_tile, keys_tile):
         for G in (1, 20, 80, 100, 128, 129, 5000):
             for L in (1, 49, 784):
                 for width in (1, 32, 96, 128, 129, 768, 4096):
@@ -157,22 +160,22 @@ def test_keys_and_values_are_read_once() -> None:
     for dims in CASE.workloads.values():
         shape = (dims["G"], dims["L"], dims["E"] // 8, 2, True, H100)
         assert kernels.forward_tile(*shape).BLOCK_G >= dims["G"]
-        assert kernels.backward_tile(*shape).BLOCK_G >= dims["G"]
+        assert backward.backward_tile(*shape).BLOCK_G >= dims["G"]
 
 
 def test_the_programs_of_the_backward_kernel() -> None:
     """About two for each multiprocessor of an H100 where there are images enough."""
     for dims in CASE.workloads.values():
-        images = kernels.images_per_program(dims["B"], 8)
+        images = backward.images_per_program(dims["B"], 8)
         programs = -(-dims["B"] // images) * 8
         assert programs >= 256 or images == 1
         assert programs <= 2 * 264
-    assert kernels.images_per_program(1, 1) == 1
+    assert backward.images_per_program(1, 1) == 1
 
 
 def test_when_rows_are_vectors() -> None:
     x = torch.empty(4, 32, 64)
-    assert kernels.vectorised(32, x, x[0])
-    assert not kernels.vectorised(8, x)
-    assert not kernels.vectorised(32, x.transpose(1, 2))
-    assert not kernels.vectorised(32, x[..., 1:33])
+    assert vectorised(32, x, x[0])
+    assert not vectorised(8, x)
+    assert not vectorised(32, x.transpose(1, 2))
+    assert not vectorised(32, x[..., 1:33])

@@ -249,6 +249,30 @@ def test_compile_is_one_graph(dynamic: bool, monkeypatch: pytest.MonkeyPatch) ->
             assert found.requires_grad == want.requires_grad
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_export_and_decompose(dtype: torch.dtype) -> None:
+    """Exported with a node for each call, then lowered to plain torch; ties and NaN keep their order."""
+    h, weight, bias = make_head(4, 6, 16, 33, dtype)
+    h[1, 2, 3] = torch.nan
+
+    class TopK(torch.nn.Module):
+        def forward(self, h: Tensor) -> tuple[Tensor, ...]:
+            return *group_fc_topk(h, weight, bias, 5), *linear_topk(h[:, 0], weight[0].t(), None, 2)
+
+    def targets(program: torch.export.ExportedProgram) -> list[str]:
+        parts = [part for part in program.graph_module.modules() if isinstance(part, torch.fx.GraphModule)]
+        return [str(node.target) for part in parts for node in part.graph.nodes]
+
+    batch = torch.export.Dim("batch")
+    program = torch.export.export(TopK(), (h,), dynamic_shapes=({0: batch},))
+    assert targets(program).count("mlhead.group_fc_topk.default") == 2
+    plain = program.run_decompositions(mlhead.decompositions())
+    assert not any("mlhead" in target for target in targets(plain))
+    for part in (h, h[:3]):
+        for got, want in zip(plain.module()(part), TopK()(part), strict=True):
+            torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+
+
 def test_the_library_op() -> None:
     h, weight, bias = make_head(4, 6, 16, 33, torch.float32)
     op = torch.ops.mlhead.group_fc_topk.default

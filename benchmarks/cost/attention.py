@@ -4,24 +4,25 @@ from __future__ import annotations
 
 import math
 
-from mlhead.kernels import query_attention
+from mlhead.kernels._query_attention import AttentionTile
+from mlhead.kernels.query_attention_backward import images_per_program
 
 from .devices import Work
 from .products import HASH, Problem, add_parts, assumed, products, width
 
 
-def _depth_of(t: query_attention.AttentionTile, width: int) -> int:
+def _depth_of(t: AttentionTile, width: int) -> int:
     """Features that a product of scores sums over, padded."""
     return t.D0 + t.D1 if t.DEPTH == 0 else math.ceil(width / t.DEPTH) * t.DEPTH
 
 
-def _shared(p: Problem, t: query_attention.AttentionTile, held: int, streamed: int, tile: int) -> int:
+def _shared(p: Problem, t: AttentionTile, held: int, streamed: int, tile: int) -> int:
     """Bytes of `held` rows that stay, of `streamed` rows for every stage, and of `tile` scores; with slices, of one."""
     columns = t.DEPTH or t.D0 + t.D1
     return p.element_bytes * ((0 if t.DEPTH else held * columns) + streamed * columns * t.num_stages + tile)
 
 
-def attention_forward(p: Problem, t: query_attention.AttentionTile, vector: bool) -> Work:
+def attention_forward(p: Problem, t: AttentionTile, vector: bool) -> Work:
     """B H ceil(G / BLOCK_G) slices programs of ceil(L / BLOCK_L) steps: s = q k^T, out += p v, 20 operations a score.
 
     Memory: q, k, v and out once. L2, for a program: its queries, all positions of k and v of its head.
@@ -47,7 +48,7 @@ def attention_forward(p: Problem, t: query_attention.AttentionTile, vector: bool
     )  # fmt: skip
 
 
-def attention_backward(p: Problem, t: query_attention.AttentionTile, vector: bool) -> list[Work]:
+def attention_backward(p: Problem, t: AttentionTile, vector: bool) -> list[Work]:
     """ceil(B / images) H ceil(G / BLOCK_G) slices programs of images ceil(L / BLOCK_L) steps of five products.
 
     Three where dk and dv have a kernel of their own. Memory: dout, q, k, v once, out only where a tile does not hold
@@ -57,7 +58,7 @@ def attention_backward(p: Problem, t: query_attention.AttentionTile, vector: boo
     W, D = E // H, t.D0 + t.D1
     together = t.BLOCK_G >= G
     shared_q = not p.dims.get("per_image", False)
-    images = query_attention.images_per_program(B, H) if shared_q else 1
+    images = images_per_program(B, H) if shared_q else 1
     runs, slices, steps = math.ceil(B / images), t.slices(W), math.ceil(L / t.BLOCK_L)
     g, slice_w = min(G, t.BLOCK_G), min(W, D)
     depth = _depth_of(t, W)
@@ -84,7 +85,7 @@ def attention_backward(p: Problem, t: query_attention.AttentionTile, vector: boo
     return [work, *(add_parts(p, runs, G * E) if shared_q else [])]
 
 
-def attention_keys(p: Problem, t: query_attention.AttentionTile, vector: bool) -> Work:
+def attention_keys(p: Problem, t: AttentionTile, vector: bool) -> Work:
     """B H ceil(L / BLOCK_L) slices programs of ceil(G / BLOCK_G) steps of four products: s, dp, dv, dk.
 
     Memory: what the kernel of dq has read comes from it again, dk and dv are written once.

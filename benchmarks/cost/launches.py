@@ -64,9 +64,9 @@ def _csra(p: Problem, pick: Picker) -> Passes:
     norms = [products.torch_pass("norms", float(eb * N * D)), products.torch_pass("norms", 12.0 * N, times=2)]
     logits = [products.torch_pass("logits", (4.0 + eb) * B * N)]
     forward: list[Work]
-    design = BY_TITLE["csra_pool.pool_tile"].kernel_module().forward_design(B, L, D, N, eb, count)
+    design = BY_TITLE["csra_pool_fused.fused_tile"].kernel_module().forward_design(B, L, D, N, eb, count)
     if design == "fused":
-        tile = pick("csra_pool.fused_tile", N, eb, device)
+        tile = pick("csra_pool_fused.fused_tile", N, eb, device)
         forward = [products.csra_fused(p, tile), products.csra_merge(p, tile.BLOCK_R)]
     else:
         forward = [work for chunk in _chunks(plan, B, N) for work in _pooled(p, pick, *chunk, False)]
@@ -111,10 +111,10 @@ def _attention(p: Problem, pick: Picker) -> Passes:
     W = E // H
     vector = W % 16 == 0 and E % 16 == 0
     facts = (G, L, W, p.element_bytes, vector, kernel_device(p.device))
-    backward = pick("query_attention.backward_tile", *facts)
+    backward = pick("query_attention_backward.backward_tile", *facts)
     works = attention.attention_backward(p, backward, vector)
     if backward.BLOCK_G < G:
-        works.append(attention.attention_keys(p, pick("query_attention.keys_tile", *facts), vector))
+        works.append(attention.attention_keys(p, pick("query_attention_keys_backward.keys_tile", *facts), vector))
     forward = pick("query_attention.forward_tile", *facts)
     return {"forward": [attention.attention_forward(p, forward, vector)], "backward": works}
 

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlhead.kernels import csra_pool, group_fc
+from mlhead.kernels import csra_pool, csra_pool_fused, group_fc
 
 from .devices import ASSUMED, Device, Resources, Work
 
@@ -198,7 +198,7 @@ def vendor_product(p: Problem, m: int, n: int, k: int, dram: float, times: int =
     )  # fmt: skip
 
 
-def csra_fused(p: Problem, t: csra_pool.FusedTile) -> Work:
+def csra_fused(p: Problem, t: csra_pool_fused.FusedTile) -> Work:
     """ceil(B L / BLOCK_R) ceil(N / BLOCK_N) programs of ceil(D / BLOCK_D) products, then 8 + 8 operations an image.
 
     Memory: x and the weight once, and four fp32 facts of each image, tile and column.
@@ -206,13 +206,13 @@ def csra_fused(p: Problem, t: csra_pool.FusedTile) -> Work:
     B, L, D, N = p["B"], p["L"], p["D"], p["H"] * p["C"]
     steps = math.ceil(D / t.BLOCK_D)
     programs = math.ceil(B * L / t.BLOCK_R) * math.ceil(N / t.BLOCK_N)
-    facts = 16.0 * B * csra_pool.parts(L, t.BLOCK_R) * N
+    facts = 16.0 * B * csra_pool_fused.parts(L, t.BLOCK_R) * N
     dram = p.element_bytes * (B * L * D + N * D) + facts
     cache = p.element_bytes * (min(B * L, t.BLOCK_R) + min(N, t.BLOCK_N)) * D + facts / programs
     work = _tile_product(
         p, "csra_fused_forward_kernel", t, t.BLOCK_R, t.BLOCK_N, t.BLOCK_D, steps, programs, cache, dram, True
     )
-    lanes = t.BLOCK_R * t.BLOCK_N * (8.0 + 8.0 * csra_pool.segments(L, t.BLOCK_R))
+    lanes = t.BLOCK_R * t.BLOCK_N * (8.0 + 8.0 * csra_pool_fused.segments(L, t.BLOCK_R))
     pooling = assumed(p, t.num_warps, 2.2 * t.BLOCK_R * t.BLOCK_N, 0, 0)
     taken = replace(work.resources, registers=max(work.resources.registers, pooling.registers))
     return replace(work, lanes=lanes, site="fused_tile", resources=taken)
@@ -244,7 +244,7 @@ def csra_pool_scores(
 def csra_merge(p: Problem, rows: int) -> Work:
     """B ceil(N / block) programs read the facts of each tile of `rows` positions that an image touches, one by one."""
     B, L, N = p["B"], p["L"], p["H"] * p["C"]
-    parts = csra_pool.parts(L, rows)
+    parts = csra_pool_fused.parts(L, rows)
     block = min(128, max(32, 1 << max(0, N - 1).bit_length()))
     programs = B * math.ceil(N / block)
     moved = B * N * (16.0 * parts + 4)

@@ -85,17 +85,20 @@ SITES = (
     Site("group_fc", "group_fc", "dh_tile", ("group_fc_dh_kernel",), TILE, ("h",)),
     Site("group_fc", "group_fc", "dweight_tile", ("group_fc_dweight_kernel",), TILE, ("weight", "bias")),
     Site(
-        "csra_pool", "csra_pool", "fused_tile", ("csra_fused_forward_kernel",),
+        "csra_pool", "csra_pool_fused", "fused_tile", ("csra_fused_forward_kernel",),
         {"BLOCK_R": (64, 128, 256), "BLOCK_N": (32, 64, 128, 256), "BLOCK_D": (16, 32, 64, 128),
          "num_warps": (4, 8), "num_stages": STAGES},
     ),
     Site("csra_pool", *POOLING),
     Site("query_attention", "query_attention", "forward_tile", ("query_attention_forward_kernel",), ATTENTION),
     Site(
-        "query_attention", "query_attention", "backward_tile",
+        "query_attention", "query_attention_backward", "backward_tile",
         ("query_attention_backward_kernel", "query_attention_keys_backward_kernel"), ATTENTION,
     ),
-    Site("query_attention", "query_attention", "keys_tile", ("query_attention_keys_backward_kernel",), ATTENTION),
+    Site(
+        "query_attention", "query_attention_keys_backward", "keys_tile", ("query_attention_keys_backward_kernel",),
+        ATTENTION,
+    ),
     Site(
         "dropout_add_layer_norm", "dropout_add_layer_norm", "forward_tile",
         ("dropout_add_layer_norm_forward_kernel",), ROWS,

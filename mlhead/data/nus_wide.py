@@ -95,7 +95,9 @@ class NUSWide:
             usage_fail("--data", "a folder with at least one usable image", f"none in {self._root / TABLE}")
         halves = folder.split_rows([row._replace(split=None) for row in training], config.val_fraction)
         zsl = [row for row in test if not set(unseen).isdisjoint(row.labels)]
-        self._splits = {"train": halves["train"], "val": halves["val"], "test": test, "zsl": zsl}
+        splits = {"train": halves["train"], "val": halves["val"], "test": test, "zsl": zsl}
+        # The seen classes come first, so a number means the same class in the splits that have only these.
+        self._splits = {split: from_rows(self._root, rows, self.class_names) for split, rows in splits.items()}
 
     def _vectors(self, labels: Sequence[str], given: Tensor | None) -> Tensor:
         """(C, W) in the order of `class_names`, from whichever source was named."""
@@ -137,8 +139,8 @@ class NUSWide:
         """
         if split not in SPLITS:
             usage_fail("split", f"one of {', '.join(map(repr, SPLITS))}", repr(split))
-        rows = self._splits[split]
-        if not rows:
+        listing = self._splits[split]
+        if len(listing) == 0:
             needs = {
                 "train": "--data must leave at least one usable image with a seen label for the train split",
                 "val": "--val-fraction must leave at least one image for the val split",
@@ -148,13 +150,11 @@ class NUSWide:
             raise UsageError(f"{needs[split]}, got none")
         transform = training_transform(self._config, spec) if split == "train" else spec.transform()
         names = self.class_names[: self.num_seen] if split in ("train", "val") else self.class_names
-        listing = from_rows(self._root, rows, names)
         return ListImages(listing, names, transform, mode=spec.mode, seed=self._config.seed)
 
     def frequencies(self) -> Tensor:
         """For each seen class (num_seen,) its share of the training images, as if there were one with half of each."""
-        seen = self.class_names[: self.num_seen]
-        return from_rows(self._root, self._splits["train"], seen).frequencies(self.num_seen)
+        return self._splits["train"].frequencies(self.num_seen)
 
 
 def parse_labels(cell: str) -> tuple[str, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import _check
 from ..ops import dropout_add_layer_norm, query_attention, query_attention_weights, relu_dropout
+from ..ops.dropout_add_layer_norm import dropout_add
 from ._absorb import absorbs
 
 
@@ -79,6 +80,8 @@ class Attention(nn.Module):
             out = query_attention(F.linear(t, query_weight, query_bias), k, v, self.num_heads, **options)
         if not sums_to_one:
             return self.out_proj(out)
+        if not _is_plain(self.out_proj, nn.Linear):
+            return self.out_proj(out + value_bias)
         weight = self.out_proj.weight
         return F.linear(out, weight, self.out_proj.bias + F.linear(value_bias, weight))
 
@@ -98,18 +101,22 @@ class Attention(nn.Module):
         out = query_attention(queries * math.sqrt(memory.shape[-1] / d), memory, memory, 1, **options)
         return torch.einsum("bhge,hde->bghd", out.unflatten(1, (H, G)), value_weight).flatten(-2)
 
-    def attend_to_itself(self, t: Tensor, dropout_p: float) -> Tensor:
-        """Self-attention of queries (G, E) or (B, G, E)."""
+    def extra_repr(self) -> str:
+        """What the printed module shows."""
+        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
+
+
+class SelfAttention(Attention):
+    """The same among the queries."""
+
+    def forward(self, t: Tensor, dropout_p: float) -> Tensor:  # type: ignore[override]
+        """Queries (G, E) or (B, G, E) over one another."""
         q, k, v = F.linear(t, self.in_proj_weight, self.in_proj_bias).chunk(3, dim=-1)
         split = (self.num_heads, self.embed_dim // self.num_heads)
         # SDPA wants a batch axis; queries shared by the batch are a batch of one.
         q, k, v = (a.reshape(-1, a.shape[-2], *split).transpose(1, 2) for a in (q, k, v))
         out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout_p)
         return self.out_proj(out.transpose(1, 2).reshape(t.shape))
-
-    def extra_repr(self) -> str:
-        """What the printed module shows."""
-        return f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, dropout={self.dropout}"
 
 
 class DecoderLayer(nn.Module):
@@ -158,7 +165,7 @@ class DecoderLayer(nn.Module):
         _check.check_probability(where, "dropout", dropout)
         self.dropout, self.shared_query_dropout = dropout, shared_query_dropout
         attention = (embed_dim, num_heads, dropout, device, dtype)
-        self.self_attn = Attention(*attention) if self_attention else None
+        self.self_attn = SelfAttention(*attention) if self_attention else None
         self.multihead_attn = Attention(*attention)
         self.linear1 = nn.Linear(embed_dim, feedforward_dim, device=device, dtype=dtype)
         self.linear2 = nn.Linear(feedforward_dim, embed_dim, device=device, dtype=dtype)
@@ -174,10 +181,11 @@ class DecoderLayer(nn.Module):
     def queries(self, q: Tensor, batch: int, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
         """The query path up to LN1 of q (G, E): (batch, G, E) where every image has its own dropout, else (G, E)."""
         alike = dropout_p == 0.0 or self.shared_query_dropout
-        t = q.expand(1 if alike else batch, *q.shape)
-        residual = t if self.self_attn is None else self.self_attn.attend_to_itself(t, dropout_p)
-        t = _add_norm(residual, t, self.norm1, dropout_p, seed)
-        return t[0] if alike else t
+        t = q if alike else q.expand(batch, *q.shape)
+        attended = t if self.self_attn is None else self.self_attn(t, dropout_p)
+        if alike:  # the op wants a batch axis
+            return _add_norm(attended[None], t[None], self.norm1, dropout_p, seed)[0]
+        return _add_norm(attended, t, self.norm1, dropout_p, seed)
 
     def forward(self, q: Tensor, memory: Tensor, key_mask: Tensor | None = None) -> Tensor:
         """Queries (G, E) decoded against memory (B, L, E): (B, G, E)."""
@@ -199,5 +207,14 @@ class DecoderLayer(nn.Module):
         return query_attention_weights(attn.query(t[chosen]), attn.key(memory), attn.num_heads, key_mask=key_mask)
 
 
+def _is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of a module does what the forward of its kind does and nothing else, so that an op may do it."""
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return type(module) is kind and not hooks and "forward" not in module.__dict__
+
+
 def _add_norm(x: Tensor, residual: Tensor, norm: nn.LayerNorm, dropout_p: float, seed: Tensor | None) -> Tensor:
-    return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, dropout_p=dropout_p, eps=norm.eps, seed=seed)
+    if _is_plain(norm, nn.LayerNorm):
+        return dropout_add_layer_norm(x, residual, norm.weight, norm.bias, dropout_p=dropout_p, eps=norm.eps, seed=seed)
+    z = dropout_add(x, residual, dropout_p=dropout_p, seed=seed)
+    return norm(z).to(z.dtype)

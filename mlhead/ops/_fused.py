@@ -25,6 +25,7 @@ from torch import Tensor
 from .. import _backend
 
 _all: list[FusedOp] = []
+_others: dict[Any, Callable[..., Any]] = {}  # library ops that are no FusedOp, with their references
 _library = torch.library.Library("mlhead", "DEF")
 _PLAIN = (Tensor, torch.nn.Parameter)
 _functorch_level = torch._C._functorch.maybe_current_level
@@ -317,9 +318,13 @@ class _Backward(torch.autograd.Function):
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """What each op is in plain ATen, for `ExportedProgram.run_decompositions` and ONNX: {library op: reference}."""
+    """What each op is in plain ATen, for `ExportedProgram.run_decompositions` and ONNX: {library op: reference}.
+
+    These have in memory what the ops avoid, such as attention weights, or all logits of a top k.
+    """
 
     def without_backend(reference: Callable[..., Any]) -> Callable[..., Any]:
         return lambda *args: reference(*args[:-1])
 
-    return {op.forward_op: without_backend(op.reference) for op in _all}
+    references = {op.forward_op: op.reference for op in _all} | _others
+    return {op: without_backend(reference) for op, reference in references.items()}

@@ -143,3 +143,11 @@ def dropout_add_layer_norm(
     on_device = seed_tensor(where, seed, x.device) if dropout_p > 0.0 else None
     inputs = (x, residual, weight, bias, on_device, float(dropout_p), float(eps))
     return _dropout_add_layer_norm(*inputs, backend=backend)[0]
+
+
+def dropout_add(x: Tensor, residual: Tensor, *, dropout_p: float, seed: Tensor | None) -> Tensor:
+    """What `dropout_add_layer_norm` takes the norm of, residual + dropout(x) with its masks, in plain torch."""
+    if is_autocasting(x.device.type):
+        x, residual = autocast(x.device.type, x, residual)  # type: ignore[assignment]
+    on_device = seed_tensor("dropout_add", seed, x.device) if dropout_p > 0.0 else None
+    return reference.dropout_add(x, residual, on_device, dropout_p)[0].to(x.dtype)

@@ -143,6 +143,7 @@ def query_attention(
         Products in the dtype of q with fp32 sums, softmax in fp32 (fp64 for fp64); on a GPU the weights are rounded to
         the dtype of q before they are multiplied by v. The gradient of shared queries is summed over the batch in fp32,
         in an order that is a function of the shape alone. All results are the same bits on every run.
+        A score of -inf has no weight; a query whose attended scores are all -inf gives NaN, as a softmax does.
 
     Memory:
         The (B, H, G, L) weights never exist. Kept for backward: out and one or two numbers for each head and query.

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _backend, _check
-from ._fused import _library, autocast, is_autocasting
+from ..reference import group_fc as reference
+from ._fused import _library, _others, autocast, is_autocasting
 from ._loss_chunks import blocks_of
 from ._targets import may_read_values
 from .group_fc import _group_fc, check_group_fc
@@ -69,6 +70,7 @@ _library.define(
 )
 _library.impl("group_fc_topk", _topk, "CompositeExplicitAutograd")
 torch.library.register_fake("mlhead::group_fc_topk", _fake, lib=_library)
+_others[torch.ops.mlhead.group_fc_topk.default] = reference.group_fc_topk
 
 
 def _run_topk(

@@ -8,14 +8,19 @@ from torch import Tensor
 from ._dropout import factors
 
 
+def dropout_add(x: Tensor, residual: Tensor, seed: Tensor | None, dropout_p: float) -> tuple[Tensor, Tensor | None]:
+    """The sum residual + dropout(x), and the factors of the dropout, in fp32 or wider."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    factor = factors(seed, dropout_p, x.shape[0], 1, *x.shape[1:], dtype=wide)
+    factor = None if factor is None else factor.squeeze(1)
+    return residual.to(wide) + (x.to(wide) if factor is None else x.to(wide) * factor), factor
+
+
 def _normalized(
     x: Tensor, residual: Tensor, seed: Tensor | None, dropout_p: float, eps: float
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """(z - mean) / std of z = residual + dropout(x), 1 / std, and the factors of the dropout, in fp32 or wider."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    factor = factors(seed, dropout_p, x.shape[0], 1, *x.shape[1:], dtype=wide)
-    factor = None if factor is None else factor.squeeze(1)
-    z = residual.to(wide) + (x.to(wide) if factor is None else x.to(wide) * factor)
+    z, factor = dropout_add(x, residual, seed, dropout_p)
     centred = z - z.mean(-1, keepdim=True)
     rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
     return centred * rstd, rstd, factor

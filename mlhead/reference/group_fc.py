@@ -18,6 +18,12 @@ def group_fc(h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int) -
     return (logits if bias is None else logits + bias).contiguous()
 
 
+def group_fc_topk(h: Tensor, weight: Tensor, bias: Tensor | None, k: int, num_classes: int) -> tuple[Tensor, Tensor]:
+    """The k largest logits of each row and their classes, (B, k) both; of equal ones the lower class comes first."""
+    scores, classes = torch.sort(group_fc(h, weight, bias, num_classes), dim=1, descending=True, stable=True)
+    return scores[:, :k].contiguous(), classes[:, :k].contiguous()
+
+
 def group_fc_grad(
     dlogits: Tensor, h: Tensor, weight: Tensor, bias: Tensor | None, num_classes: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:

@@ -21,15 +21,20 @@ def _merge(t: Tensor) -> Tensor:
 
 
 def attention_weights(q: Tensor, k: Tensor, key_mask: Tensor | None, num_heads: int) -> Tensor:
-    """p[b, h, g, l] = softmax_l(q_h[g] . k_h[b, l] / sqrt(E / H)), in fp32 or wider; 0 where every key is masked."""
+    """p[b, h, g, l] = softmax_l(q_h[g] . k_h[b, l] / sqrt(E / H)), in fp32 or wider; 0 where every key is masked.
+
+    NaN where keys may be attended and all their scores are -inf.
+    """
     scale = 1.0 / math.sqrt(q.shape[-1] // num_heads)
     scores = torch.matmul(_heads(q, num_heads), _heads(k, num_heads).transpose(-1, -2))
     scores = scores.to(torch.promote_types(q.dtype, torch.float32)) * scale
     if key_mask is None:
         return torch.softmax(scores, -1)
     keep = key_mask[:, None, None, :]
-    # The lowest finite score instead of -inf: a row without keys then has no NaN to spread in any derivative.
-    weights = torch.softmax(scores.masked_fill(~keep, torch.finfo(scores.dtype).min), -1)
+    scores = scores.masked_fill(~keep, -math.inf)
+    # The lowest finite score where an image has no key at all: such a row has no NaN to spread in any derivative.
+    scores = scores.masked_fill(~keep.any(-1, keepdim=True), torch.finfo(scores.dtype).min)
+    weights = torch.softmax(scores, -1)
     return weights * keep
 
 
