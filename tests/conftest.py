@@ -5,6 +5,10 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+# Read by OpenMP when torch is loaded. Threads that spin for work take the cores from the other test process: with it
+# the tests take up to twice the time.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import torch
 
 # Read by Triton when a kernel is defined, so it must be set before mlhead.kernels is imported anywhere.
