@@ -38,7 +38,7 @@ struct Tile {
   int64_t begin, end;  // the columns of the tile that are written: all V * L, fewer at an edge
   const T* bias;       // added when the sum is complete; or null
   bool accumulate;     // C holds the sum over earlier blocks of k
-  int64_t count;       // of tiles one below the other
+  int64_t count;       // how many tiles, one below the other, are computed
 };
 
 // Writes only the columns from begin to end.
@@ -79,6 +79,7 @@ static void tile_n(const Tile<T>& t) {
     const T* a = rows;
     const S* b = static_cast<const S*>(t.b);
     T* packed = t.packed;
+    // Fewer branches: the end of a loop of a hundred of them is mispredicted.
 #pragma GCC unroll 4
     for (int64_t k = 0; k < K; ++k) {
       Vec<T> bv[V];
