@@ -4,7 +4,7 @@
 
 // The exchange between the threads of a warp: all of them write, wait, read, and wait again.
 struct Warp {
-  std::barrier<> all{32};
+  Barrier all{32};
   double slots[32];
 };
 inline Warp warps[32];
