@@ -6,11 +6,20 @@ another. For every image it touches it writes four numbers per column, which a s
 
     m = max s,  z = sum e^(T (s - m)),  w = sum e^(T (s - m)) (s - m),  t = sum s
 
-Sums of s - m instead of s keep their bits where T is large. No atomics: all results are the same bits on every run.
+Algorithm. The product is made with the classifiers as rows and the positions as columns, which are dealt so that a
+thread holds a run of neighbours for each of its classifiers, a quarter of the tile. Where no image is shorter than a
+run, a run meets at most one border, and everything is reduced twice, before the border and behind it, in registers;
+then the four runs of a tile are merged for each image. No sum is the difference of others, so that an infinity stays in
+its own image. Sums of s - m instead of s keep their bits where T is large. No atomics: all results are the
+same bits on every run.
 
-Bytes. x and the weight come once from DRAM and to every tile again from L2; the facts are 16 bytes for each column and
-each tile that an image touches, where the chunked form moves 4 for each score. Against that stand a product slower than
-the vendor's, and 8 operations for a score and 8 more for each image of its tile: `forward_design` weighs them.
+Why so. With positions as rows, each maximum and sum over them goes through shuffles, for each image of the tile again:
+by count as many cycles as the products. Here shuffles merge four runs only. Where L is divisible by 4, fewer masks are
+needed, 128 registers suffice on sm_90, two programs share a multiprocessor, and one pools while the other multiplies.
+
+Bytes. x and the weight come once from DRAM and to every tile again from L2, which bounds the kernel; the facts are 16
+bytes for each column and each tile that an image touches, where the chunked form moves 4 for each score.
+`forward_design` weighs the two.
 
 Not yet run on a GPU: compiled ahead of time for sm_80 to sm_100, its arithmetic tested in Triton's interpreter.
 """
@@ -46,25 +55,29 @@ class FusedTile:
 
 @dataclass(frozen=True)
 class Costs:
-    """What the choice between the designs rests on; an H100's numbers, assumed and not yet measured.
+    """What the choice between the designs rests on: an H100's numbers, by data sheet or assumed, not yet measured.
 
     Args:
-        flops: Rate of a large product of the vendor's library in 16 bits.
-        fused_share: What of it the fused kernel's products reach.
-        lanes: Plain fp32 operations per second.
-        cache_bandwidth: Bytes per second to and from L2.
-        chunk_s: Seconds that a chunk costs besides its work.
+        flops: Rate of a large product of the vendor's library in 16 bits; assumed.
+        cache_bandwidth: Bytes per second to and from L2, of what the chunked form moves; assumed.
+        chunk_s: Seconds that a chunk costs besides its work; assumed.
+        multiprocessors: Data sheet.
+        clock: Cycles per second; that of the published peak.
+        cache_bytes: Bytes a cycle from L2 to all multiprocessors; published for the A100.
+        edge_cycles: What a program of the fused kernel takes besides its products; counted by benchmarks/cycles.py.
     """
 
     flops: float = 700e12
-    fused_share: float = 0.8
-    lanes: float = 25e12
     cache_bandwidth: float = 4.0e12
     chunk_s: float = 12e-6
+    multiprocessors: int = 132
+    clock: float = 1.83e9
+    cache_bytes: float = 5120.0
+    edge_cycles: float = 7000.0
 
 
 COSTS = Costs()
-MOST_SEGMENTS = 5
+RUNS = 4  # Of a tile's positions; each of four neighbouring threads has one.
 
 
 def fused_rows(element_bytes: int) -> int:
@@ -83,6 +96,11 @@ def fused_tile(N: int, element_bytes: int, device: Device) -> FusedTile:
     return FusedTile(fused_rows(element_bytes), block_n, block_d, 8, stages)
 
 
+def aligned(L: int) -> int:
+    """How many neighbours at a multiple of that many positions are always of one image, 8 at the most."""
+    return math.gcd(L, 8)
+
+
 def segments(L: int, rows: int) -> int:
     """The most images that a tile of `rows` neighbouring positions touches; tiles begin at multiples of the gcd."""
     return triton.cdiv(L - math.gcd(L, rows) + rows, L)
@@ -98,92 +116,123 @@ def wasted(B: int, L: int, rows: int) -> float:
     return 1.0 - B * L / (triton.cdiv(B * L, rows) * rows)
 
 
+def fused_seconds(B: int, L: int, D: int, N: int, element_bytes: int, costs: Costs = COSTS) -> float:
+    """What the fused kernel takes by the cycles of the busiest multiprocessor, on sm_90.
+
+    A step takes as long as its operands from L2 or its products. What surrounds the steps is hidden behind another
+    program's where two are resident; else every program adds it.
+    """
+    tile = fused_tile(N, element_bytes, Device(90, costs.multiprocessors, 232_448))
+    rate = costs.flops if element_bytes == 2 else costs.flops / 16
+    share = costs.cache_bytes / costs.multiprocessors
+    copies = (tile.BLOCK_R + tile.BLOCK_N) * tile.BLOCK_D * element_bytes / share
+    products = 2 * tile.BLOCK_R * tile.BLOCK_N * tile.BLOCK_D * costs.multiprocessors * costs.clock / rate
+    most = triton.cdiv(triton.cdiv(B * L, tile.BLOCK_R) * triton.cdiv(N, tile.BLOCK_N), costs.multiprocessors)
+    edges = costs.edge_cycles * (1 if aligned(L) >= 4 else most)
+    return (most * triton.cdiv(D, tile.BLOCK_D) * max(copies, products) + edges) / costs.clock
+
+
+def chunked_seconds(
+    B: int, L: int, D: int, N: int, element_bytes: int, chunks: int, costs: Costs = COSTS
+) -> float:  # fmt: skip
+    """What as many chunks take: the product, scores to L2 and back, and what each costs besides."""
+    rate = costs.flops if element_bytes == 2 else costs.flops / 16
+    scores = B * L * N
+    return 2 * scores * D / rate + scores * 2 * element_bytes / costs.cache_bandwidth + chunks * costs.chunk_s
+
+
 def forward_design(B: int, L: int, D: int, N: int, element_bytes: int, chunks: int, costs: Costs = COSTS) -> str:
     """The cheaper design of the forward, "fused" or "chunked", a function of the shape.
 
-    Few and small chunks (`coco`, `voc`) are fused: launches and the way through L2 cost more than the slower product.
+    Images shorter than a run of positions are chunked.
     """
-    touched = segments(L, fused_rows(element_bytes))
-    if touched > MOST_SEGMENTS:
+    if L < fused_rows(element_bytes) // RUNS:
         return "chunked"
-    scores = B * L * N
-    rate = costs.flops if element_bytes == 2 else costs.flops / 16
-    product = 2 * scores * D / rate
-    fused = product / costs.fused_share + scores * (8 + 8 * touched) / costs.lanes
-    chunked = product + scores * 2 * element_bytes / costs.cache_bandwidth + chunks * costs.chunk_s
-    return "fused" if fused <= chunked else "chunked"
-
-
-@triton.jit
-def _facts_of(facts_ptr, b, tile_r, offs_n, mask_n, B, L, N, PARTS: tl.constexpr, BLOCK_R: tl.constexpr):
-    """Where a tile's facts of image b go, and which of them exist."""
-    facts_ptrs = facts_ptr + (b.to(tl.int64) * PARTS + (tile_r - b * L // BLOCK_R)) * N + offs_n
-    return facts_ptrs, mask_n & (b < B) & (b * L < (tile_r + 1) * BLOCK_R)
+    fused = fused_seconds(B, L, D, N, element_bytes, costs)
+    return "fused" if fused <= chunked_seconds(B, L, D, N, element_bytes, chunks, costs) else "chunked"
 
 
 @triton.jit
 def csra_fused_forward_kernel(
-    x_ptr, weight_ptr, scale_ptr, facts_ptr, B, L, D, N, C, x_stride_b, x_stride_l, x_stride_d,
-    weight_stride_h, weight_stride_c, weight_stride_d, facts_stride,
+    x_ptr, weight_ptr, scale_ptr, facts_ptr, B, L, D, N, C,
+    x_stride_b, x_stride_l, x_stride_d, weight_stride_h, weight_stride_c, weight_stride_d, facts_stride,
     HEADS: tl.constexpr, SHARPNESS: tl.constexpr, HAS_SCALE: tl.constexpr, PARTS: tl.constexpr,
-    SEGMENTS: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr, BLOCK_R: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    SEGMENTS: tl.constexpr, ALIGNED: tl.constexpr, GROUP: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_R: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """One program handles BLOCK_R positions, of up to SEGMENTS images, x BLOCK_N columns, and loops over the features.
+    """One program handles BLOCK_N columns x BLOCK_R positions, of up to SEGMENTS images, and loops over the features.
 
-    GROUP tiles of positions go through the columns together, so that both operands are read again from L2.
+    GROUP tiles of positions go through the columns together, so that both operands are read again from L2. The
+    positions of a thread are one run of BLOCK_R / 4, no longer than an image. The two images that it may touch meet at
+    a multiple of ALIGNED positions.
     Writes facts[k, b, part, n] of facts (4, B, PARTS, N), k: maximum, sum of e, sum of e (s - maximum), sum of s,
     which lie facts_stride apart.
     """
+    RUN: tl.constexpr = BLOCK_R // 4
     pid = tl.program_id(0)
     tiles_r, tiles_n = tl.cdiv(B * L, BLOCK_R), tl.cdiv(N, BLOCK_N)
     group = pid // (GROUP * tiles_n)
     in_group = tl.minimum(tiles_r - group * GROUP, GROUP)
     tile_r = group * GROUP + pid % (GROUP * tiles_n) % in_group
     tile_n = pid % (GROUP * tiles_n) // in_group
-    offs_r = tile_r * BLOCK_R + tl.arange(0, BLOCK_R)
+    place = tl.arange(0, BLOCK_R)
+    # In the sums of a product a thread has places 8 j + 2 q + 0 and 1 of all j, q being its number in a quarter warp.
+    offs_r = tile_r * BLOCK_R + place // 2 % 4 * RUN + place // 8 * 2 + place % 2
     offs_n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_r, mask_n = offs_r < B * L, offs_n < N
-    image = offs_r // L
     h = offs_n // C
 
-    x_ptrs = x_ptr + image.to(tl.int64)[:, None] * x_stride_b + (offs_r % L).to(tl.int64)[:, None] * x_stride_l
+    x_ptrs = x_ptr + (offs_r // L).to(tl.int64)[None, :] * x_stride_b + (offs_r % L).to(tl.int64)[None, :] * x_stride_l
     weight_ptrs = (
-        weight_ptr + h.to(tl.int64)[None, :] * weight_stride_h + (offs_n % C).to(tl.int64)[None, :] * weight_stride_c
+        weight_ptr + h.to(tl.int64)[:, None] * weight_stride_h + (offs_n % C).to(tl.int64)[:, None] * weight_stride_c
     )
-    s = tl.zeros((BLOCK_R, BLOCK_N), tl.float32)
+    s = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for start_d in range(0, D, BLOCK_D):
         offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)
         mask_d = offs_d < D
-        x = tl.load(x_ptrs + offs_d[None, :] * x_stride_d, mask=mask_r[:, None] & mask_d[None, :], other=0.0)
         weight = tl.load(
-            weight_ptrs + offs_d[:, None] * weight_stride_d, mask=mask_d[:, None] & mask_n[None, :], other=0.0
+            weight_ptrs + offs_d[None, :] * weight_stride_d, mask=mask_n[:, None] & mask_d[None, :], other=0.0
         )
-        s = tl.dot(x, weight, s, input_precision=PRECISION)
+        x = tl.load(x_ptrs + offs_d[:, None] * x_stride_d, mask=mask_d[:, None] & mask_r[None, :], other=0.0)
+        s = tl.dot(weight, x, s, input_precision=PRECISION)
     if HAS_SCALE:
-        s *= tl.load(scale_ptr + offs_n, mask=mask_n, other=1.0)[None, :]
-
+        s *= tl.load(scale_ptr + offs_n, mask=mask_n, other=1.0)[:, None]
     sharp = of_head(SHARPNESS, h, HEADS)
+
+    # (columns, runs, neighbours that are of one image, their number): all but the runs are registers of one thread.
+    s = tl.permute(tl.reshape(s, (BLOCK_N, BLOCK_R // 8, 4, 2)), (0, 2, 1, 3))
+    s = tl.reshape(s, (BLOCK_N, 4, RUN // ALIGNED, ALIGNED))
+    start = tile_r * BLOCK_R + tl.arange(0, 4) * RUN
+    image = start // L
+    first = (tl.arange(0, RUN // ALIGNED)[None, :] * ALIGNED < ((image + 1) * L - start)[:, None])[None, :, :]
+    top, t = tl.max(s, axis=3), tl.sum(s, axis=3)
+    m_a, m_b = tl.max(tl.where(first, top, LOWEST), axis=2), tl.max(tl.where(first, LOWEST, top), axis=2)
+    t_a, t_b = tl.sum(tl.where(first, t, 0.0), axis=2), tl.sum(tl.where(first, 0.0, t), axis=2)
+    s -= tl.where(first, m_a[:, :, None], m_b[:, :, None])[:, :, :, None]
+    e = tl.exp2(s * sharp[:, None, None, None])
+    z, w = tl.sum(e, axis=3), tl.sum(e * s, axis=3)
+    z_a, z_b = tl.sum(tl.where(first, z, 0.0), axis=2), tl.sum(tl.where(first, 0.0, z), axis=2)
+    w_a, w_b = tl.sum(tl.where(first, w, 0.0), axis=2), tl.sum(tl.where(first, 0.0, w), axis=2)
+
     first_image = tile_r * BLOCK_R // L
-    # From here on s becomes s - m, image by image: a second tile of registers would not fit.
     for i in tl.static_range(SEGMENTS):
         b = first_image + i
-        inside = (image == b) & mask_r
-        m = tl.max(tl.where(inside[:, None], s, LOWEST), axis=0)
-        t = tl.sum(tl.where(inside[:, None], s, 0.0), axis=0)
-        s = tl.where(inside[:, None], s - m[None, :], s)
-        facts_ptrs, exists = _facts_of(facts_ptr, b, tile_r, offs_n, mask_n, B, L, N, PARTS, BLOCK_R)
+        is_a, is_b = (image == b)[None, :], (image + 1 == b)[None, :]
+        m_run = tl.where(is_a, m_a, tl.where(is_b, m_b, LOWEST))
+        z_run = tl.where(is_a, z_a, tl.where(is_b, z_b, 0.0))
+        w_run = tl.where(is_a, w_a, tl.where(is_b, w_b, 0.0))
+        m = tl.max(m_run, axis=1)
+        down = tl.maximum(m_run - m[:, None], LOWEST)
+        f = tl.exp2(down * sharp[:, None])
+        z = tl.sum(z_run * f, axis=1)
+        w = tl.sum((w_run + z_run * down) * f, axis=1)
+        t = tl.sum(tl.where(is_a, t_a, tl.where(is_b, t_b, 0.0)), axis=1)
+        facts_ptrs = facts_ptr + (b.to(tl.int64) * PARTS + (tile_r - b * L // BLOCK_R)) * N + offs_n
+        exists = mask_n & (b < B) & (b * L < (tile_r + 1) * BLOCK_R)
         tl.store(facts_ptrs, m, mask=exists)
-        tl.store(facts_ptrs + 3 * facts_stride, t, mask=exists)
-    e = tl.exp2(s * sharp[None, :])
-    for i in tl.static_range(SEGMENTS):
-        b = first_image + i
-        inside = (image == b) & mask_r
-        z = tl.sum(tl.where(inside[:, None], e, 0.0), axis=0)
-        w = tl.sum(tl.where(inside[:, None], e * s, 0.0), axis=0)
-        facts_ptrs, exists = _facts_of(facts_ptr, b, tile_r, offs_n, mask_n, B, L, N, PARTS, BLOCK_R)
         tl.store(facts_ptrs + facts_stride, z, mask=exists)
         tl.store(facts_ptrs + 2 * facts_stride, w, mask=exists)
+        tl.store(facts_ptrs + 3 * facts_stride, t, mask=exists)
 
 
 @triton.jit
@@ -229,6 +278,8 @@ def fused_forward(
     (B, L, D), (H, C, _) = x.shape, weight.shape
     N = H * C
     tile = fused_tile(N, x.element_size(), device_of(x))
+    if tile.BLOCK_R // RUNS > L:
+        raise ValueError(f"the fused forward needs L >= {tile.BLOCK_R // RUNS}, got L = {L}")
     most_parts = parts(L, tile.BLOCK_R)
     facts = torch.empty((4, B, most_parts, N), dtype=torch.float32, device=x.device)
     block_n = min(128, max(32, triton.next_power_of_2(N)))
@@ -238,7 +289,8 @@ def fused_forward(
             B=B, L=L, D=D, N=N, C=C, x_stride_b=x.stride(0), x_stride_l=x.stride(1), x_stride_d=x.stride(2),
             weight_stride_h=weight.stride(0), weight_stride_c=weight.stride(1), weight_stride_d=weight.stride(2),
             facts_stride=facts.stride(0), HEADS=H, SHARPNESS=sharpness(temperatures), HAS_SCALE=scale is not None,
-            PARTS=most_parts, SEGMENTS=segments(L, tile.BLOCK_R), GROUP=8, PRECISION=dot_precision(x),
+            PARTS=most_parts, SEGMENTS=segments(L, tile.BLOCK_R), ALIGNED=aligned(L), GROUP=8,
+            PRECISION=dot_precision(x),
             **tile.as_kwargs(),
         )  # fmt: skip
         csra_merge_facts_kernel[(B * triton.cdiv(N, block_n),)](

@@ -32,6 +32,13 @@ def compare(dims: dict[str, Any], backend: str, dtype: torch.dtype = torch.float
         check(name, result, exact[name], plain[name])
 
 
+def compare_inference(dims: dict[str, Any], dtype: torch.dtype, design: str) -> None:
+    """As `compare`, without gradients: those would keep the scores, and no design of the forward be taken."""
+    sample = CASE.make(dims, dtype, "cpu", 0)
+    with forward_design(design):
+        check("out", sample.call("triton"), oracle(sample)["out"], plain_torch(sample)["out"])
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("scratch_bytes", [4, 400, 4000])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -58,8 +65,45 @@ def test_both_designs(design: str, dtype: torch.dtype) -> None:
         {"B": 3, "L": 64, "D": 33, "H": 6, "C": 15, "map": True},
         {"B": 1, "L": 300, "D": 8, "H": 2, "C": 3, "temperatures": (99.0, 0.5), "lam": (0.2, 1.0)},
     ):
-        with forward_design(design):
-            compare(dims, "triton", dtype)
+        compare_inference(dims, dtype, design)
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("T", [(math.inf, 2.0), (99.0,)], ids=str)
+def test_images_anywhere_in_fused_tiles(T: tuple[float, ...], dtype: torch.dtype) -> None:
+    """Borders at any position of a run, images of exactly a run (32 in 16 bits, 16 in fp32), a single image."""
+    run = 32 if dtype == torch.float16 else 16
+    for B, L in ((3, 49), (4, 33), (3, 37), (4, 36), (5, run), (1, run)):
+        dims = {"B": B, "L": L, "D": 9, "H": len(T), "C": 5, "temperatures": T, "lam": (0.5,) * len(T)}
+        compare_inference(dims, dtype, "fused")
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
+@pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning")
+@pytest.mark.parametrize("L", [36, 49])
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan], ids=str)
+def test_an_infinite_image_stays_alone_in_fused_tiles(bad: float, L: int) -> None:
+    torch.manual_seed(0)
+    x, weight = torch.randn(7, L, 8), torch.randn(2, 5, 8)
+
+    def fused() -> Tensor:
+        with forward_design("fused"):
+            return csra_pool(x, weight, temperatures=(math.inf, 3.0), lam=0.5, backend="triton")
+
+    others = [0, 1, 2, 4, 5, 6]
+    before = fused()
+    x[3] = bad
+    after = fused()
+    assert torch.equal(after[others], before[others])
+    assert not after[3].isfinite().any()
+
+
+@pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")
+def test_images_shorter_than_a_run_are_not_fused() -> None:
+    with forward_design("fused"), pytest.raises(ValueError, match="needs L >= 16, got L = 15"):
+        csra_pool(torch.randn(2, 15, 4), torch.randn(1, 3, 4), temperatures=(1.0,), lam=0.1, backend="triton")
 
 
 @pytest.mark.parametrize("backend", ["reference", *BACKENDS])
@@ -117,11 +161,26 @@ def test_the_shape_decides_the_design() -> None:
     from mlhead.kernels import csra_pool_fused as kernels
 
     assert kernels.forward_design(2, 49, 512, 20, 2, 1) == "fused"
-    assert kernels.forward_design(64, 4, 512, 80, 2, 1) == "chunked"  # 33 images to a tile
-    slow = dataclasses.replace(kernels.COSTS, fused_share=0.1)
-    assert kernels.forward_design(128, 49, 2048, 9605, 2, 6, slow) == "chunked"
-    fast = dataclasses.replace(kernels.COSTS, fused_share=1.0, lanes=1e15)
-    assert kernels.forward_design(128, 49, 2048, 9605, 2, 6, fast) == "fused"
+    for L, rows in ((31, 2), (15, 4)):  # shorter than a run
+        assert kernels.forward_design(1, L, 512, 20, rows, 99) == "chunked"
+        assert kernels.forward_design(1, L + 1, 512, 20, rows, 99) == "fused"
+    # Coco: 98 by 4 tiles, at most 3 on one of 132 multiprocessors, 32 steps; 32768 bytes of a step come from L2.
+    coco = (64, 196, 2048, 480, 2)
+    cycles = 3 * 32 * 32768 / (5120 / 132) + 7000
+    assert kernels.fused_seconds(*coco) == pytest.approx(cycles / 1.83e9)
+    # Imagenet: 6 programs one after the other, since L is odd.
+    cycles = 6 * (32 * 32768 / (5120 / 132) + 7000)
+    assert kernels.fused_seconds(256, 49, 2048, 1000, 2) == pytest.approx(cycles / 1.83e9)
+    product = 2 * 64 * 196 * 2048 * 480 / 700e12
+    assert kernels.chunked_seconds(*coco, 2) == pytest.approx(product + 64 * 196 * 480 * 4 / 4e12 + 24e-6)
+    # Where L2 is fast, the products bound it, at the library's rate.
+    fast = dataclasses.replace(kernels.COSTS, cache_bytes=1e9, edge_cycles=0.0)
+    most = 3 * 2 * 128 * 128 * 2048 * 132 / 700e12
+    assert kernels.fused_seconds(*coco, fast) == pytest.approx(most)
+    slow = dataclasses.replace(kernels.COSTS, cache_bytes=512.0)
+    openimages = (128, 49, 2048, 9605, 2)
+    assert kernels.forward_design(*openimages, 5, slow) == "chunked"
+    assert kernels.forward_design(*openimages, 5, fast) == "fused"
 
 
 PEAK = """

@@ -199,7 +199,9 @@ def vendor_product(p: Problem, m: int, n: int, k: int, dram: float, times: int =
 
 
 def csra_fused(p: Problem, t: csra_pool_fused.FusedTile) -> Work:
-    """ceil(B L / BLOCK_R) ceil(N / BLOCK_N) programs of ceil(D / BLOCK_D) products, then 8 + 8 operations an image.
+    """ceil(B L / BLOCK_R) ceil(N / BLOCK_N) programs of ceil(D / BLOCK_D) products, then 6 operations a score.
+
+    And 16 for each group of neighbours that are of one image for certain.
 
     Memory: x and the weight once, and four fp32 facts of each image, tile and column.
     """
@@ -212,7 +214,7 @@ def csra_fused(p: Problem, t: csra_pool_fused.FusedTile) -> Work:
     work = _tile_product(
         p, "csra_fused_forward_kernel", t, t.BLOCK_R, t.BLOCK_N, t.BLOCK_D, steps, programs, cache, dram, True
     )
-    lanes = t.BLOCK_R * t.BLOCK_N * (8.0 + 8.0 * csra_pool_fused.segments(L, t.BLOCK_R))
+    lanes = t.BLOCK_R * t.BLOCK_N * (6.0 + 16.0 / csra_pool_fused.aligned(L))
     pooling = assumed(p, t.num_warps, 2.2 * t.BLOCK_R * t.BLOCK_N, 0, 0)
     taken = replace(work.resources, registers=max(work.resources.registers, pooling.registers))
     return replace(work, lanes=lanes, site="fused_tile", resources=taken)

@@ -86,7 +86,7 @@ SITES = (
     Site("group_fc", "group_fc", "dweight_tile", ("group_fc_dweight_kernel",), TILE, ("weight", "bias")),
     Site(
         "csra_pool", "csra_pool_fused", "fused_tile", ("csra_fused_forward_kernel",),
-        {"BLOCK_R": (64, 128, 256), "BLOCK_N": (32, 64, 128, 256), "BLOCK_D": (16, 32, 64, 128),
+        {"BLOCK_R": (64, 128), "BLOCK_N": (32, 64, 128, 256), "BLOCK_D": (16, 32, 64, 128),
          "num_warps": (4, 8), "num_stages": STAGES},
     ),
     Site("csra_pool", *POOLING),
