@@ -157,7 +157,7 @@ class TrainConfig:
     channels_last: bool = _option(True, "keep images and convolutions in channels-last order")
     # Running
     device: str = _option("auto", "'auto' (cuda if it is there), 'cpu', 'cuda', 'cuda:1', ...")
-    seed: int = _option(0, "seed of the weights, the data and everything else that is random")
+    seed: int = _option(0, "seed of the weights, the data and everything else that is random", least=0)
     eval_every: int | None = _option(None, "steps between evaluations; by default an epoch", least=1)
     checkpoint_every: int | None = _option(None, "steps between checkpoints; by default as --eval-every", least=1)
     log_every: int = _option(10, "steps between lines of the log", least=1)
@@ -175,8 +175,15 @@ class TrainConfig:
         for name in ("val_fraction", "warmup", "ema", "cutout"):
             if getattr(self, name) >= 1:
                 usage_fail(flag(name), "below 1", getattr(self, name))
-        if self.random_erasing > 1:
-            usage_fail("--random-erasing", "a probability", self.random_erasing)
+        for name in ("random_erasing", "hflip"):
+            if getattr(self, name) > 1:
+                usage_fail(flag(name), "a probability", getattr(self, name))
+        if not 0 < self.crop_scale <= 1:
+            usage_fail("--crop-scale", "above 0 and at most 1", self.crop_scale)
+        if self.seed >= 2**63:
+            usage_fail("--seed", "below 2^63", self.seed)
+        if not self.label_delimiter:
+            usage_fail("--label-delimiter", "at least one character", repr(self.label_delimiter))
         if self.crop_pct is not None and not 0 < self.crop_pct <= 1:
             usage_fail("--crop-pct", "above 0 and at most 1", self.crop_pct)
         self._check_mixing()

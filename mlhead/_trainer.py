@@ -18,7 +18,7 @@ from mlhead._config import TrainConfig
 from mlhead._progress import Progress
 from mlhead._runlog import RunLog
 from mlhead._spread import Spread, true_shapes
-from mlhead._usage import require, usage_fail
+from mlhead._usage import UsageError, require, usage_fail
 from mlhead.data.loading import BadSample, Batch, Collate, evaluation_loader, training_loader
 from mlhead.data.padding import pad_batch, padded_batches
 from mlhead.data.reporting import BadDataLog
@@ -138,6 +138,7 @@ class Trainer:
         self.best: dict[str, float] = {}
         self.metrics: dict[str, float] = {}
         self._loss_sum, self._loss_count = torch.zeros((), device=self.device, dtype=torch.float64), 0
+        self._unread = 0  # images in a row, up to now, that could not be read
         self._waiting, self._waiting_in_all = _Waiting(), _Waiting()
         if not processes.is_main:  # the others must not drop out the same elements
             checkpoints.seed_everything(seed_of(config.seed, 0, processes.rank))
@@ -283,6 +284,9 @@ class Trainer:
                 self.scaler.scale(loss).backward()
             self._loss_sum += loss.detach()
         self._loss_count += 1 if total else 0
+        self._unread = 0 if total else self._unread + config.batch_size * config.accumulate
+        if self._unread >= len(self.train_set):  # type: ignore[arg-type]
+            raise UsageError(f"--data must hold images that can be read, but of the last {self._unread} none could")
         grad_norm = None
         scale = self.scaler.get_scale()
         if total:

@@ -133,7 +133,9 @@ def build_loss(config: TrainConfig) -> nn.Module:
     kind = LOSSES[config.loss]
     _check_names(config.loss_opt, kind, "--loss-opt", f"loss {config.loss}", without=("reduction", "pos_weight"))
     try:
-        return kind(**config.loss_opt)
+        loss = kind(**config.loss_opt)
+        loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))  # which is where the options are used
+        return loss
     except (TypeError, ValueError) as error:
         raise UsageError(f"--loss-opt of {config.loss}: {_one_line(error)}") from error
 

@@ -133,7 +133,8 @@ def _members(file: BinaryIO) -> tuple[list[tuple[str, int, int]], list[BadSample
                     members.append((member.name, member.offset_data, member.size))
                 elif not member.isdir():
                     bad.append(BadSample(member.name, "a link or another special file"))
-    except tarfile.TarError as error:
+    # Behind TarError: sizes in a header that no file can have.
+    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
         bad.append(BadSample(f"byte {end}", f"damaged up to the end ({error})"))
         return members, bad
     if size - end < _BLOCK:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 import torch
 
-from mlhead._usage import closest, require, usage_fail
+from mlhead._usage import UsageError, closest, require, usage_fail
 from mlhead.data._files import FolderFiles
 from mlhead.data._tables import Columns, read_records
 from mlhead.data.loading import BadSample
@@ -88,7 +88,11 @@ def read_classes(path: Path) -> list[str]:
     """The class names in a text file, one a line, in the order of the model's outputs."""
     if not path.is_file():
         usage_fail("--classes", "an existing text file with one class a line", path)
-    names = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--classes must be UTF-8 text, got {path} ({error})") from error
+    names = [line.strip() for line in lines if line.strip()]
     if len(set(names)) != len(names):
         twice = next(name for name in names if names.count(name) > 1)
         usage_fail("--classes", "a list without repetition", f"{twice!r} twice in {path}")

@@ -62,15 +62,28 @@ def _files(path: Path) -> list[str]:
     """All files below a folder, as paths from there, sorted; hidden ones are left out."""
     found = []
     for parent, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(parent, name)]
         found += [os.path.relpath(os.path.join(parent, name), path) for name in files if not name.startswith(".")]
     return sorted(found)
+
+
+def _leads_up(parent: str, name: str) -> bool:
+    """Whether a folder is a link to one that it lies in, which has no end."""
+    link = os.path.join(parent, name)
+    if not os.path.islink(link):
+        return False
+    here, there = os.path.realpath(parent), os.path.realpath(link)
+    return os.path.commonpath([here, there]) == there
 
 
 def _images_in(path: Path) -> Iterator[str]:
     """The images directly in a folder, in no order."""
     with os.scandir(path) as found:
-        yield from (entry.name for entry in found if entry.name.lower().endswith(IMAGE_ENDINGS))
+        yield from (entry.name for entry in found if _is_image(entry.name))
+
+
+def _is_image(name: str) -> bool:
+    return name.lower().endswith(IMAGE_ENDINGS)
 
 
 def open_image_folder(config: Any, bad_data: BadDataLog, class_names: list[str] | None = None) -> ListSource:
@@ -128,10 +141,8 @@ def _entries(root: Path, tops: Sequence[Path], names: Sequence[str], bad: list[B
         bad += [BadSample(str(top / image), "in no folder of a class") for image in stray]
         for path in classes:
             files = _files(path)
-            images = [name for name in files if name.lower().endswith(IMAGE_ENDINGS)]
-            bad += [
-                BadSample(str(path / name), "not an image by its name") for name in files if name not in set(images)
-            ]
+            images = [name for name in files if _is_image(name)]
+            bad += [BadSample(str(path / name), "not an image by its name") for name in files if not _is_image(name)]
             if path.name not in number_of:
                 reason = f"unknown class {path.name!r}{closest(path.name, names)}"
                 bad += [BadSample(str(path / name), reason) for name in images]

@@ -293,13 +293,22 @@ class ListSource:
         Raises:
             UsageError: it has none.
         """
-        listing = self.splits.get(split)
-        if listing is None or len(listing) == 0:
-            argument = self._needs.get(split, "--data")
-            raise UsageError(f"{argument} must leave at least one usable image for the {split} split, got none")
+        listing = self._filled(split)
         transform = training_transform(self._config, spec) if split == "train" else spec.transform()
         return ListImages(listing, self.class_names, transform, mode=spec.mode, seed=self._config.seed)
 
     def frequencies(self) -> Tensor:
-        """For each class (C,) its share of the training images, counted as if there were one more with half of each."""
-        return self.splits["train"].frequencies(self.num_seen)
+        """For each class (C,) its share of the training images, counted as if there were one more with half of each.
+
+        Raises:
+            UsageError: there are no training images.
+        """
+        return self._filled("train").frequencies(self.num_seen)
+
+    def _filled(self, split: str) -> ImageList:
+        """The list of a split, which has an image."""
+        listing = self.splits.get(split)
+        if listing is None or len(listing) == 0:
+            argument = self._needs.get(split, "--data")
+            raise UsageError(f"{argument} must leave at least one usable image for the {split} split, got none")
+        return listing

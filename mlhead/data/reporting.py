@@ -26,7 +26,7 @@ class BadDataLog:
         self.names: dict[str, str] = {}
         # A resumed run goes on with the list.
         if file is not None and file.is_file():
-            lines = file.read_text(encoding="utf-8").splitlines()
+            lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
             self.names = dict(line.split("\t", 1) for line in lines if "\t" in line)
 
     def add(self, items: Iterable[BadSample]) -> None:
@@ -47,8 +47,9 @@ class BadDataLog:
                     f"bad data: more; all of them are in {self.file}" if self.file else "bad data: more, counted only"
                 )
         if self.file is not None:
-            with self.file.open("a", encoding="utf-8") as out:
-                out.writelines(f"{item.name}\t{item.reason}\n" for item in new)
+            # Names of files need not be UTF-8, and those in JSON may be no text at all.
+            with self.file.open("ab") as out:
+                out.writelines(_bytes(f"{item.name}\t{item.reason}\n") for item in new)
         if self.policy == "error":
             rest = f" and {len(new) - 1} more" if len(new) > 1 else ""
             raise UsageError(f"bad data, and --on-bad-data is error: {new[0].name}: {new[0].reason}{rest}")
@@ -59,3 +60,11 @@ class BadDataLog:
             return ""
         where = f"; listed in {self.file}" if self.file else ""
         return f"bad data: {len(self.names)} rows or images were left out{where}"
+
+
+def _bytes(line: str) -> bytes:
+    """A line with the bytes of file names as they are; what has no bytes at all is escaped."""
+    try:
+        return line.encode("utf-8", "surrogateescape")
+    except UnicodeEncodeError:
+        return line.encode("utf-8", "backslashreplace")

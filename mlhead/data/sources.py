@@ -154,19 +154,25 @@ def backbone_image_spec(config: Any, backbone: nn.Module) -> ImageSpec:
 
 def training_transform(config: Any, spec: ImageSpec) -> Callable[[Any], Tensor]:
     """From a PIL image to an augmented tensor, by --crop-scale and the options after it."""
-    transform = require("timm.data", "Augmentation").create_transform(
-        input_size=(spec.channels, spec.height, spec.width),
-        is_training=True,
-        scale=(config.crop_scale, 1.0),
-        hflip=config.hflip,
-        color_jitter=config.color_jitter or None,
-        auto_augment=config.auto_augment,
-        interpolation=spec.interpolation,
-        mean=tuple(spec.mean),
-        std=tuple(spec.std),
-        re_prob=config.random_erasing,
-        re_mode="pixel",
-    )
+    create = require("timm.data", "Augmentation").create_transform
+    try:
+        transform = create(
+            input_size=(spec.channels, spec.height, spec.width),
+            is_training=True,
+            scale=(config.crop_scale, 1.0),
+            hflip=config.hflip,
+            color_jitter=config.color_jitter or None,
+            auto_augment=config.auto_augment,
+            interpolation=spec.interpolation,
+            mean=tuple(spec.mean),
+            std=tuple(spec.std),
+            re_prob=config.random_erasing,
+            re_mode="pixel",
+        )
+    except (AssertionError, ValueError) as error:
+        if config.auto_augment is None:
+            raise
+        usage_fail("--auto-augment", f"a name that timm knows ({error})", repr(config.auto_augment))
     if config.cutout:
         # The paper's share is that of a side, torchvision's that of the area; the square lies inside the image.
         area = config.cutout**2
