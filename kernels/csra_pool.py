@@ -47,10 +47,10 @@ class PoolTile:
         return asdict(self)
 
 
-def pool_tile(L: int, N: int) -> PoolTile:
-    """Rows of 64 columns, 128 bytes in 16 bits, and up to 32 positions: 64 spill registers, on 4 warps and on 8."""
+def pool_tile(L: int, N: int, element_bytes: int) -> PoolTile:
+    """Rows of 128 bytes, and up to 32 positions: 64 spill registers, on 4 warps and on 8; so do 256 bytes in fp32."""
     block_l = min(32, max(8, triton.next_power_of_2(L)))
-    block_n = min(64, max(16, triton.next_power_of_2(N)))
+    block_n = min(128 // element_bytes, max(16, triton.next_power_of_2(N)))
     return PoolTile(block_l, block_n, 4)
 
 
@@ -186,7 +186,7 @@ def _launch(
 ) -> None:
     """Launches a kernel on the columns of raw scores (B, L, N) with what both have, and `others`."""
     B, L, N = scores.shape
-    tile = pool_tile(L, N)
+    tile = pool_tile(L, N, scores.element_size())
     with device_guard(scores):
         kernel[(B * triton.cdiv(N, tile.BLOCK_N),)](
             scores_ptr=scores, scale_ptr=scores if scale is None else scale, L=L, N=N, C=classes, first_column=first,

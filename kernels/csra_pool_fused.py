@@ -86,11 +86,12 @@ def fused_rows(element_bytes: int) -> int:
 
 
 def fused_tile(N: int, element_bytes: int, device: Device) -> FusedTile:
-    """128 positions by 128 classifiers where they are many, else by 64; half as many positions in fp32.
+    """128 positions by 64 classifiers, on sm_90 by 128 where they are many; half as many positions in fp32.
 
-    On sm_100, whose products leave their sums in another memory, 128 by 128 would spill.
+    128 by 128 would spill on sm_80 with operands that are loaded number by number, and on sm_100, whose products leave
+    their sums in another memory.
     """
-    block_n = 128 if N > 64 and element_bytes == 2 and device.capability < 100 else 64
+    block_n = 128 if N > 64 and element_bytes == 2 and device.capability == 90 else 64
     block_d = 64 if element_bytes == 2 else 16
     stages = 3 if device.shared_bytes > 128 * 1024 else 2
     return FusedTile(fused_rows(element_bytes), block_n, block_d, 8, stages)

@@ -101,7 +101,7 @@ def _csra_gradients(p: Problem, b: int, n: int, times: int, several: bool) -> li
 def _pooled(p: Problem, pick: Picker, b: int, n: int, times: int, backward: bool) -> tuple[Work, Work]:
     """The product of a chunk's scores, and the kernel that pools them."""
     L, D, eb = p["L"], p["D"], p.element_bytes
-    tile = pick("csra_pool.pool_tile", L, n)
+    tile = pick("csra_pool.pool_tile", L, n, eb)
     product = products.vendor_product(p, b * L, n, D, float(eb * D * (b * L + n)), times)
     return product, products.csra_pool_scores(p, tile, b, n, backward, times)
 
