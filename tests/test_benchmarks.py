@@ -11,8 +11,23 @@ import time
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import baselines, gpu_check, limits, machine, memory, plan, plot, records, report, run, touch, verify
+from benchmarks import (
+    baselines,
+    gpu_check,
+    limits,
+    machine,
+    memory,
+    plan,
+    plot,
+    products,
+    records,
+    report,
+    run,
+    touch,
+    verify,
+)
 from mlhead._resident import peak
 from mlhead.testing import CASES
 
@@ -182,6 +197,18 @@ def test_baselines_are_right(op):
     sample = case.make(dims, torch.float32, "cpu", 1)
     verdicts = verify.verify(sample, baselines.baselines(op, "cpu", ()))
     assert {name: v.message for name, v in verdicts.items() if v.status != "ok"} == {}
+
+
+def test_products_are_those_of_the_step(monkeypatch, capsys):
+    """Two products of B L x H C x D multiply-adds for the scores, one for each gradient; and a line for each size."""
+    dims = {"B": 2, "L": 9, "D": 8, "H": 2, "C": 5, "map": True}
+    with FlopCounterMode(display=False) as counter:
+        products.products(dims, torch.float32, "cpu")()
+    assert counter.get_total_flops() == 4 * 2 * (2 * 9) * (2 * 5) * 8
+    assert set(products.step(dims, torch.float32, "cpu")()) == {"out", "x", "weight"}
+    monkeypatch.setattr(products, "SIZES", {"tiny": dims})
+    assert products.main(["--size", "tiny", "--seconds-each", "0.01"]) == 0
+    assert "tiny: csra_pool" in capsys.readouterr().out
 
 
 def test_large_workloads_are_divided_and_say_so():
