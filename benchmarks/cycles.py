@@ -51,6 +51,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mlhead.kernels import csra_pool_fused
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mlhead.ops._csra_kernels import forward_design
@@ -65,9 +66,10 @@ from .cost.sites import SITES, Config, Site, kernel_device
 from .model import short
 
 DEVICE = DEVICES["sm_90"]
-CACHE_BYTES = 5120.0  # a cycle, for all multiprocessors
+COSTS = csra_pool_fused.COSTS  # what kernels/ assume
+CACHE_BYTES = COSTS.cache_bytes  # a cycle, for all multiprocessors
 BARRIER = 30.0  # cycles from the last warp's arrival on; assumed
-LIBRARY_RATE = 700e12  # FLOP per second that kernels/ assume of the vendor's library
+LIBRARY_RATE = COSTS.flops  # FLOP per second of the vendor's library
 WORKLOADS = {
     "csra_pool": ("voc", "coco", "coco-vit", "imagenet", "openimages"),
     "group_fc": ("openimages", "million"),

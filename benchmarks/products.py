@@ -20,11 +20,9 @@ import torch
 from mlhead.testing import CASES
 
 from . import limits, machine
+from .plan import CPU_WORKLOADS
 
-SIZES: dict[str, dict[str, Any]] = {
-    "coco-8": {"B": 8, "L": 196, "D": 2048, "H": 6, "C": 80, "map": True},
-    "openimages-4": {"B": 4, "L": 49, "D": 2048, "H": 1, "C": 9605, "map": True},
-}
+SIZES = CPU_WORKLOADS["csra_pool"]
 
 
 def step(dims: Mapping[str, Any], dtype: torch.dtype, device: str) -> Callable[[], Any]:

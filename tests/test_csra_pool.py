@@ -66,6 +66,8 @@ def test_both_designs(design: str, dtype: torch.dtype) -> None:
         {"B": 1, "L": 300, "D": 8, "H": 2, "C": 3, "temperatures": (99.0, 0.5), "lam": (0.2, 1.0)},
     ):
         compare_inference(dims, dtype, design)
+        with forward_design(design):
+            compare(dims, "triton", dtype)
 
 
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton's interpreter")

@@ -38,7 +38,7 @@ class GroupedProduct(ctypes.Structure):
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("cuda_on_cpu") / "group_fc.so"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wno-unknown-pragmas", f"-I{HERE}"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{HERE}"]
     subprocess.run([CXX, *flags, str(HERE / "group_fc.cpp"), "-o", str(path)], check=True)
     found = ctypes.CDLL(str(path))
     found.grouped_product.restype = found.column_sum.restype = ctypes.c_char_p

@@ -78,7 +78,7 @@ def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("cuda_on_cpu") / "csra_pool.so"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wno-unknown-pragmas", f"-I{HERE}"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{HERE}"]
     # A vector load off its alignment, which a GPU refuses and a CPU does not, ends the process.
     flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     subprocess.run([CXX, *flags, str(HERE / "csra_pool.cpp"), "-o", str(path)], check=True)

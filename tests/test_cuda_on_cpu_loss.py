@@ -44,7 +44,7 @@ class LossBlock(ctypes.Structure):
 @pytest.fixture(scope="session")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     path = tmp_path_factory.mktemp("loss") / "loss.so"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wno-unknown-pragmas", f"-I{HERE}"]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{HERE}"]
     flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     subprocess.run([CXX, *flags, str(HERE / "loss.cpp"), "-o", str(path)], check=True)
     found = ctypes.CDLL(str(path))

@@ -61,7 +61,7 @@ class ReluCall(ctypes.Structure):
 
 def _compiled(folder: Path, *defines: str) -> ctypes.CDLL:
     path = folder / "rows.so"
-    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-pthread", "-Wno-unknown-pragmas", f"-I{HERE}", *defines]
+    flags = ["-std=c++20", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", f"-I{HERE}", *defines]
     # A vector load off its alignment, which a GPU refuses and a CPU does not, ends the process.
     flags += ["-fsanitize=alignment", "-fsanitize-undefined-trap-on-error"]
     subprocess.run([CXX, *flags, str(HERE / "rows.cpp"), "-o", str(path)], check=True)
