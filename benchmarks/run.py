@@ -34,6 +34,7 @@ from mlhead.testing import CASES, Sample
 
 from . import limits, machine, report
 from .baselines import ARRANGED, baselines
+from .peaks import in_process as peaks_of
 from .plan import DTYPES, VERIFIED_ELEMENTS, Group, elements, groups, shrink
 from .records import Row, append_rows, op_rows
 from .verify import Provider, Verdict, agree, attempt, calls, verify
@@ -83,11 +84,14 @@ def pass_functions(sample: Sample, function: Provider) -> dict[str, Callable[[],
     return {"forward": forward, "backward": backward, "both": backward.__call__}
 
 
-def peak_mib(function: Callable[[], Any], device: str) -> float | None:
-    """Memory that a call takes beyond what was there before it; not known on a CPU."""
-    if device != "cuda":
-        function()
-        return None
+def arranged(op: str, provider: str, sample: Sample) -> Sample:
+    """The sample with the layouts that a baseline takes."""
+    arrange = ARRANGED.get((op, provider.replace("compile: ", "papers: ")))
+    return arrange(sample) if arrange else sample
+
+
+def peak_mib(function: Callable[[], Any]) -> float:
+    """Memory of the GPU that a call takes beyond what was there before it."""
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -96,10 +100,8 @@ def peak_mib(function: Callable[[], Any], device: str) -> float | None:
     return (torch.cuda.max_memory_allocated() - before) / 2**20
 
 
-def host_us(function: Callable[[], Any], device: str) -> float | None:
+def host_us(function: Callable[[], Any]) -> float:
     """What the calling thread spends on one call whose work runs on the GPU meanwhile."""
-    if device != "cuda":
-        return None
     run = function.run if isinstance(function, limits.Prepared) else lambda _: function()
     prepared = [function.prepare() if isinstance(function, limits.Prepared) else None for _ in range(10)]
     torch.cuda.synchronize()
@@ -111,10 +113,16 @@ def host_us(function: Callable[[], Any], device: str) -> float | None:
     return spent / 10 * 1e6
 
 
-def footprint(functions: dict[str, Callable[[], Any]], device: str) -> tuple[dict, dict]:
-    """Peak memory and host time of each pass, and its first run at this size."""
-    peaks = {key: peak_mib(function, device) for key, function in functions.items()}
-    return peaks, {key: host_us(function, device) for key, function in functions.items()}
+def footprint(
+    functions: dict[str, Callable[[], Any]], device: str, of_process: Callable[[], dict[str, float | None]] | None
+) -> tuple[dict, dict]:
+    """Peak memory and host time of each pass, and its first run at this size; on a CPU another process's memory."""
+    if device == "cuda":
+        peaks = {key: peak_mib(function) for key, function in functions.items()}
+        return peaks, {key: host_us(function) for key, function in functions.items()}
+    for function in functions.values():
+        function()
+    return of_process() if of_process else dict.fromkeys(functions), dict.fromkeys(functions)
 
 
 def run_group(group: Group, device: str, options: argparse.Namespace) -> list[Row]:
@@ -143,9 +151,9 @@ def run_group(group: Group, device: str, options: argparse.Namespace) -> list[Ro
     peaks: dict[str, dict[str, float | None]] = {}
     host: dict[str, dict[str, float | None]] = {}
     for name, function in good.items():
-        arrange = ARRANGED.get((group.op, name.replace("compile: ", "papers: ")))
-        found = pass_functions(arrange(sample) if arrange else sample, function)
-        measured, verdict = attempt(partial(footprint, found, device))
+        found = pass_functions(arranged(group.op, name, sample), function)
+        of_process = None if options.quick or options.no_peaks else partial(peaks_of, group, name, options.seed)
+        measured, verdict = attempt(partial(footprint, found, device, of_process))
         if measured is None:
             verdicts[name] = verdict
         else:
@@ -238,6 +246,7 @@ def parser() -> argparse.ArgumentParser:
     add("--compile", action="append", choices=("none", "default", "max-autotune"), help="default: default on a GPU")
     add("--seconds-each", type=float, help="time for one provider and pass")
     add("--least", type=int, help="fewest samples; default: 5, with --quick 3")
+    add("--no-peaks", action="store_true", help="on a CPU: no peak memory, for which every provider gets a process")
     add("--minutes", type=float, help="begin no further group after this time; default with --quick: 1.5")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="results file; default: benchmarks/results/<device>/<commit>.jsonl")

@@ -23,6 +23,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -31,7 +32,7 @@ from ._csra_pool import LOWEST, infinite, merge, of_head, pooled_of, sharpness
 from ._device import device_guard
 from .csra_pool_fused import forward_design, fused_forward
 
-__all__ = ["forward_design", "fused_forward", "pool", "pool_backward", "unit_rows_backward"]
+__all__ = ["forward_design", "fused_forward", "norms", "pool", "pool_backward", "unit_rows_backward"]
 
 
 @dataclass(frozen=True)
@@ -149,6 +150,22 @@ def csra_pool_scores_backward_kernel(
 
 
 @triton.jit
+def csra_norms_kernel(weight_ptr, norms_ptr, N, D, weight_stride_n, weight_stride_d, BLOCK_D: tl.constexpr):
+    """One program handles one classifier: its norm, 1 where that is 0, to norms[0, n], and 1 / norm to norms[1, n]."""
+    n = tl.program_id(0).to(tl.int64)
+    weight_ptr += n * weight_stride_n
+    squares = tl.zeros((BLOCK_D,), tl.float32)
+    for start_d in range(0, D, BLOCK_D):
+        offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)
+        w = tl.load(weight_ptr + offs_d * weight_stride_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        squares += w * w
+    norm = tl.sqrt_rn(tl.sum(squares))
+    norm = tl.where(norm == 0.0, 1.0, norm)
+    tl.store(norms_ptr + n, norm)
+    tl.store(norms_ptr + N + n, 1.0 / norm)
+
+
+@triton.jit
 def csra_unit_rows_backward_kernel(
     dw_ptr, weight_ptr, norm_ptr, D, dw_stride_n, weight_stride_n, weight_stride_d,
     DIVIDE: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -230,6 +247,22 @@ def pool_backward(
     )  # fmt: skip
 
 
+def norms(weight: Tensor) -> Tensor:
+    """(2, N) fp32 of the rows of weight (N, D), any strides: their norms, 1 where 0, and one over them."""
+    N, D = weight.shape
+    found = torch.empty((2, N), dtype=torch.float32, device=weight.device)
+    with device_guard(weight):
+        csra_norms_kernel[(N,)](
+            weight_ptr=weight, norms_ptr=found, N=N, D=D, weight_stride_n=weight.stride(0),
+            weight_stride_d=weight.stride(1), BLOCK_D=_block_d(D), num_warps=4,
+        )  # fmt: skip
+    return found
+
+
+def _block_d(D: int) -> int:
+    return min(1024, max(32, triton.next_power_of_2(D)))
+
+
 def unit_rows_backward(dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -> None:
     """The gradient through the division of the rows of weight (N, D) by their norms (N), in place on dw (N, D)."""
     N, D = dw.shape
@@ -243,6 +276,6 @@ def unit_rows_backward(dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -
             weight_stride_n=weight.stride(0),
             weight_stride_d=weight.stride(1),
             DIVIDE=divide,
-            BLOCK_D=min(1024, max(32, triton.next_power_of_2(D))),
+            BLOCK_D=_block_d(D),
             num_warps=4,
         )

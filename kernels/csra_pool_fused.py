@@ -2,7 +2,7 @@
 
 Tiles are cut from the B L positions of all images in a row, so no tile is padded but the last (an image of 49 positions
 in a tile of 64 would waste 23 %), and a tile may hold the end of one image, a few whole ones and the beginning of
-another. For every image it touches it writes four numbers per column, which a second, small kernel merges:
+another. For every image it touches it writes four numbers per column, which a second, small kernel merges into logits:
 
     m = max s,  z = sum e^(T (s - m)),  w = sum e^(T (s - m)) (s - m),  t = sum s
 
@@ -238,44 +238,60 @@ def csra_fused_forward_kernel(
 
 @triton.jit
 def csra_merge_facts_kernel(
-    facts_ptr, pooled_ptr, B, L, N, C, average, facts_stride,
-    HEADS: tl.constexpr, SHARPNESS: tl.constexpr, INFINITE: tl.constexpr, LAM: tl.constexpr, PARTS: tl.constexpr,
-    ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
+    facts_ptr, bias_ptr, logits_ptr, B, L, C, average, facts_stride, bias_stride_h, bias_stride_c,
+    HEADS: tl.constexpr, SHARPNESS: tl.constexpr, INFINITE: tl.constexpr, LAM: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PARTS: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """One program handles BLOCK_N columns of one image: merges the facts of the tiles of ROWS positions it touches."""
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    b = (tl.program_id(0) // tiles_n).to(tl.int64)
-    offs_n = (tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)).to(tl.int64)
-    mask_n = offs_n < N
-    h = offs_n // C
+    """One program handles BLOCK_C classes of one image: merges the facts of the tiles of ROWS positions it touches,
+    of all heads at a time, adds the heads up, and the bias.
+    """
+    tiles_c = tl.cdiv(C, BLOCK_C)
+    b = (tl.program_id(0) // tiles_c).to(tl.int64)
+    offs_c = (tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)
+    h = tl.broadcast_to(tl.arange(0, BLOCK_H)[:, None], (BLOCK_H, BLOCK_C))
+    mask = (h < HEADS) & (offs_c < C)[None, :]
+    N = HEADS * C
     sharp = of_head(SHARPNESS, h, HEADS)
     touched = ((b + 1) * L - 1) // ROWS - b * L // ROWS + 1
-    facts_ptrs = facts_ptr + b * PARTS * N + offs_n
-    m = tl.load(facts_ptrs, mask=mask_n, other=0.0)
-    z = tl.load(facts_ptrs + facts_stride, mask=mask_n, other=1.0)
-    w = tl.load(facts_ptrs + 2 * facts_stride, mask=mask_n, other=0.0)
-    t = tl.load(facts_ptrs + 3 * facts_stride, mask=mask_n, other=0.0)
+    facts_ptrs = facts_ptr + b * PARTS * N + h.to(tl.int64) * C + offs_c[None, :]
+    m = tl.load(facts_ptrs, mask=mask, other=0.0)
+    z = tl.load(facts_ptrs + facts_stride, mask=mask, other=1.0)
+    w = tl.load(facts_ptrs + 2 * facts_stride, mask=mask, other=0.0)
+    t = tl.load(facts_ptrs + 3 * facts_stride, mask=mask, other=0.0)
     for part in range(1, touched):
         at = facts_ptrs + part * N
-        m_part = tl.load(at, mask=mask_n, other=0.0)
-        z_part = tl.load(at + facts_stride, mask=mask_n, other=1.0)
-        w_part = tl.load(at + 2 * facts_stride, mask=mask_n, other=0.0)
-        t += tl.load(at + 3 * facts_stride, mask=mask_n, other=0.0)
+        m_part = tl.load(at, mask=mask, other=0.0)
+        z_part = tl.load(at + facts_stride, mask=mask, other=1.0)
+        w_part = tl.load(at + 2 * facts_stride, mask=mask, other=0.0)
+        t += tl.load(at + 3 * facts_stride, mask=mask, other=0.0)
         m, z, w = merge(m, z, w, m_part, z_part, w_part, sharp)
     pooled = pooled_of(m, z, w, t, h, average, L, HEADS, INFINITE, LAM)
-    tl.store(pooled_ptr + b * N + offs_n, pooled, mask=mask_n)
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + h.to(tl.int64) * bias_stride_h + offs_c[None, :] * bias_stride_c
+        bias = tl.load(bias_ptrs, mask=mask, other=0.0).to(tl.float32)
+        pooled += (average + of_head(LAM, h, HEADS)) * bias
+    logits = tl.sum(tl.where(mask, pooled, 0.0), axis=0)
+    tl.store(logits_ptr + b * C + offs_c, logits.to(logits_ptr.dtype.element_ty), mask=offs_c < C)
+
+
+def merged_classes(H: int) -> tuple[int, int]:
+    """Heads and classes of a program of the merging kernel: all heads, two numbers of each thread."""
+    block_h = triton.next_power_of_2(H)
+    return block_h, max(16, 256 // block_h)
 
 
 def fused_forward(
     x: Tensor,
     weight: Tensor,
+    bias: Tensor | None,
     scale: Tensor | None,
     temperatures: tuple[float, ...],
     lam: tuple[float, ...],
     average: float,
-    pooled: Tensor,
-) -> None:
-    """Pools the scores of x (B, L, D) and weight (H, C, D), any strides, into pooled (B, H C) fp32, contiguous."""
+) -> Tensor:
+    """Logits (B, C) of x (B, L, D), weight (H, C, D) and bias (H, C), any strides; the scores of all columns times
+    `scale` (H C) fp32.
+    """
     (B, L, D), (H, C, _) = x.shape, weight.shape
     N = H * C
     tile = fused_tile(N, x.element_size(), device_of(x))
@@ -283,10 +299,11 @@ def fused_forward(
         raise ValueError(f"the fused forward needs L >= {tile.BLOCK_R // RUNS}, got L = {L}")
     most_parts = parts(L, tile.BLOCK_R)
     facts = torch.empty((4, B, most_parts, N), dtype=torch.float32, device=x.device)
-    block_n = min(128, max(32, triton.next_power_of_2(N)))
+    logits = x.new_empty(B, C)
+    block_h, block_c = merged_classes(H)
     with device_guard(x):
         csra_fused_forward_kernel[(triton.cdiv(B * L, tile.BLOCK_R) * triton.cdiv(N, tile.BLOCK_N),)](
-            x_ptr=x, weight_ptr=weight, scale_ptr=pooled if scale is None else scale, facts_ptr=facts,
+            x_ptr=x, weight_ptr=weight, scale_ptr=facts if scale is None else scale, facts_ptr=facts,
             B=B, L=L, D=D, N=N, C=C, x_stride_b=x.stride(0), x_stride_l=x.stride(1), x_stride_d=x.stride(2),
             weight_stride_h=weight.stride(0), weight_stride_c=weight.stride(1), weight_stride_d=weight.stride(2),
             facts_stride=facts.stride(0), HEADS=H, SHARPNESS=sharpness(temperatures), HAS_SCALE=scale is not None,
@@ -294,8 +311,11 @@ def fused_forward(
             PRECISION=dot_precision(x),
             **tile.as_kwargs(),
         )  # fmt: skip
-        csra_merge_facts_kernel[(B * triton.cdiv(N, block_n),)](
-            facts_ptr=facts, pooled_ptr=pooled, B=B, L=L, N=N, C=C, average=average, facts_stride=facts.stride(0),
-            HEADS=H, SHARPNESS=sharpness(temperatures), INFINITE=infinite(temperatures), LAM=lam, PARTS=most_parts,
-            ROWS=tile.BLOCK_R, BLOCK_N=block_n, num_warps=4,
+        csra_merge_facts_kernel[(B * triton.cdiv(C, block_c),)](
+            facts_ptr=facts, bias_ptr=facts if bias is None else bias, logits_ptr=logits, B=B, L=L, C=C,
+            average=average, facts_stride=facts.stride(0), bias_stride_h=0 if bias is None else bias.stride(0),
+            bias_stride_c=0 if bias is None else bias.stride(1), HEADS=H, SHARPNESS=sharpness(temperatures),
+            INFINITE=infinite(temperatures), LAM=lam, HAS_BIAS=bias is not None, PARTS=most_parts, ROWS=tile.BLOCK_R,
+            BLOCK_H=block_h, BLOCK_C=block_c, num_warps=4,
         )  # fmt: skip
+    return logits

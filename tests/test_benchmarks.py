@@ -19,6 +19,7 @@ from benchmarks import (
     limits,
     machine,
     memory,
+    peaks,
     plan,
     plot,
     products,
@@ -31,7 +32,10 @@ from benchmarks import (
 from mlhead._resident import peak
 from mlhead.testing import CASES
 
-TINY = ["--device", "cpu", "--op", "group_fc", "--dims", "B=3,G=4,E=8,C=10", "--seconds-each", "0.002", "--least", "2"]
+TINY = [
+    "--device", "cpu", "--op", "group_fc", "--dims", "B=3,G=4,E=8,C=10", "--seconds-each", "0.002", "--least", "2",
+    "--no-peaks",
+]  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -187,6 +191,21 @@ def test_memory_of_a_step_is_measured():
     gradient = 64 * 100 * 256 * 4 / 2**20  # of h; the product may need copies of h and of its gradient
     assert gradient <= most < 4 * gradient
     assert len(seconds) == 2
+
+
+@pytest.mark.skipif(not peak(), reason="needs the peak of Linux's /proc")
+def test_peak_memory_of_passes_is_measured():
+    """Of 19 MB of scores plain torch holds all and several maps of a head's, the op a scratch of 8."""
+    group = plan.Group("csra_pool", "custom", {"B": 4, "L": 196, "D": 64, "H": 4, "C": 1600}, "fp32")
+    scores = 4 * 196 * 4 * 1600 * 4 / 2**20
+    plain, own = (peaks.in_process(group, provider, 0) for provider in ("torch: matmul", "mlhead: reference"))
+    assert plain["forward"] >= 1.4 * scores
+    assert plain["both"] == plain["backward"] >= 3.0 * scores
+    assert own["forward"] < scores
+    assert 0 < own["both"] < 0.7 * plain["both"]
+    assert peaks.in_process(group, "compile: conv", 0) == dict.fromkeys(("forward", "both", "backward"))
+    with pytest.raises(RuntimeError, match="peak memory of papers: nobody: KeyError"):
+        peaks.in_process(group, "papers: nobody", 0)
 
 
 @pytest.mark.parametrize("op", list(CASES))

@@ -61,7 +61,7 @@ def _csra(p: Problem, pick: Picker) -> Passes:
     plan = _csra_chunks.plan_chunks(B, L, D, N, eb, B, machine)
     whole = _csra_chunks.Plan(B, N)
     count = math.ceil(B / plan.images) * math.ceil(N / plan.columns)
-    norms = [products.torch_pass("norms", float(eb * N * D)), products.torch_pass("norms", 12.0 * N, times=2)]
+    norms = [products.torch_pass("norms", float(eb * N * D))]
     logits = [products.torch_pass("logits", (4.0 + eb) * B * N)]
     forward: list[Work]
     design = BY_TITLE["csra_pool_fused.fused_tile"].kernel_module().forward_design(B, L, D, N, eb, count)
@@ -69,13 +69,13 @@ def _csra(p: Problem, pick: Picker) -> Passes:
         tile = pick("csra_pool_fused.fused_tile", N, eb, device)
         forward = [products.csra_fused(p, tile), products.csra_merge(p, tile.BLOCK_R)]
     else:
-        forward = [work for chunk in _chunks(plan, B, N) for work in _pooled(p, pick, *chunk, False)]
+        forward = [work for chunk in _chunks(plan, B, N) for work in _pooled(p, pick, *chunk, False)] + logits
     backward: list[Work] = [products.torch_pass("copy of scores", 2.0 * eb * B * L * N)] if kept else []
     for b, n, times in _chunks(whole if kept else plan, B, N):
         product, pooled = _pooled(p, pick, b, n, times, True)
         backward += [pooled] if kept else [product, pooled]
         backward += _csra_gradients(p, b, n, times, count > 1 and not kept)
-    found = {"forward": [*norms, *forward, *logits], "backward": [*norms, *backward]}
+    found = {"forward": [*norms, *forward], "backward": [*norms, *backward]}
     if kept:  # then the forward before a backward has all scores in one chunk, whatever it is by itself
         found["both"] = [*norms, *_pooled(p, pick, B, N, 1, False), *logits, *found["backward"]]
     return found

@@ -244,12 +244,13 @@ def csra_pool_scores(
 
 
 def csra_merge(p: Problem, rows: int) -> Work:
-    """B ceil(N / block) programs read the facts of each tile of `rows` positions that an image touches, one by one."""
-    B, L, N = p["B"], p["L"], p["H"] * p["C"]
+    """B ceil(C / block) programs read the facts of each tile of `rows` positions that an image touches, one by one.
+
+    All heads of a class at a time; logits are written.
+    """
+    B, L, H, C = p["B"], p["L"], p["H"], p["C"]
     parts = csra_pool_fused.parts(L, rows)
-    block = min(128, max(32, 1 << max(0, N - 1).bit_length()))
-    programs = B * math.ceil(N / block)
-    moved = B * N * (16.0 * parts + 4)
-    return Work(
-        "csra_merge_facts_kernel", "", programs, 4, Resources(64, 0), 4.0 * B * N, moved / programs, rounds=parts
-    )
+    programs = B * math.ceil(C / csra_pool_fused.merged_classes(H)[1])
+    written = float(p.element_bytes * B * C)
+    moved = B * H * C * 16.0 * parts + written
+    return Work("csra_merge_facts_kernel", "", programs, 4, Resources(64, 0), written, moved / programs, rounds=parts)

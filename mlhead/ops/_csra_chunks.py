@@ -130,23 +130,26 @@ class Chunk(NamedTuple):
         return slice(self.first, self.first + self.weight.shape[0])
 
 
-def split(weight: Tensor, most: int, normalize: bool) -> Iterator[Chunk]:
-    H, C, D = weight.shape
+def split(pooling: Pooling, weight: Tensor, most: int, normalize: bool) -> Iterator[Chunk]:
+    """The chunks of at most `most` columns of weight (H, C, D); the classifiers of several heads where they are rows of
+    one matrix.
+    """
+    C = weight.shape[1]
     if _is_rows(weight):
-        heads = [(0, weight.as_strided((H * C, D), weight.stride()[1:]))]
+        heads = [(0, _matrix(weight))]
     else:
-        heads = [(h * C, weight[h]) for h in range(H)]
+        heads = [(h * C, matrix) for h, matrix in enumerate(weight)]
     for offset, matrix in heads:
         for begin in range(0, matrix.shape[0], most):
             part = matrix[begin : begin + most]
             if not normalize:
                 yield Chunk(offset + begin, part, part, None, None)
                 continue
-            norm = _norms(part)
+            norm, scale = pooling.norms(part)
             if part.dtype == torch.float16:  # a score before the division could pass 65504
                 yield Chunk(offset + begin, part, (part / norm[:, None]).to(part.dtype), None, norm)
             else:
-                yield Chunk(offset + begin, part, part, norm.reciprocal(), norm)
+                yield Chunk(offset + begin, part, part, scale, norm)
 
 
 def image_ranges(x: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
@@ -172,6 +175,12 @@ def make_scores(x: Tensor, rows: Tensor, scores: Tensor) -> None:
 def _is_rows(weight: Tensor) -> bool:
     """Whether the classifiers (H, C, D) of all heads are the rows of one matrix."""
     return weight.shape[0] == 1 or weight.stride(0) == weight.shape[1] * weight.stride(1)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """The classifiers (H, C, D) as the rows (H C, D) of one matrix: a view of what is one, else a copy."""
+    H, C, D = weight.shape
+    return weight.as_strided((H * C, D), weight.stride()[1:]) if _is_rows(weight) else weight.reshape(H * C, D)
 
 
 def _machine(x: Tensor) -> Machine:
@@ -218,13 +227,6 @@ class _Scores:
         return self.memory[begin : begin + b * self.L * n].view(b, self.L, n)
 
 
-def _norms(weight: Tensor) -> Tensor:
-    """The norms of the last axis in the accumulation dtype, 1 where 0: a classifier of zeros stays zeros."""
-    norm = torch.linalg.vector_norm(weight, dim=-1, dtype=accumulate_dtype(weight.dtype))
-    # The view is for torch 2.11, whose fake form keeps an axis of length 1.
-    return torch.where(norm == 0, 1.0, norm).view(weight.shape[:-1])
-
-
 def finish_logits(pooled: Tensor, bias: Tensor | None, options: Options, dtype: torch.dtype) -> Tensor:
     """Logits (B, C) of pooled scores (B, N): the sum over the heads, and the bias (H, C)."""
     B, N = pooled.shape
@@ -245,14 +247,13 @@ def forward(
         return x.new_zeros(B, weight.shape[1]), x.new_empty(0)
     keep = keep and fits_the_scratch(x, weight)
     plan = chunk_plan(x, weight, keep)
-    pooled = x.new_empty(B, N, dtype=accumulate_dtype(x.dtype))
     if not keep and pooling.fuses(x, N, math.ceil(B / plan.images) * math.ceil(N / plan.columns)):
-        scale = _norms(weight).reciprocal().view(N) if normalize else None
-        pooling.fused(x, weight, scale, options, pooled)
-        return finish_logits(pooled, bias, options, x.dtype), x.new_empty(0)
+        scale = pooling.norms(_matrix(weight))[1] if normalize else None
+        return pooling.fused(x, weight, bias, scale, options), x.new_empty(0)
+    pooled = x.new_empty(B, N, dtype=accumulate_dtype(x.dtype))
     memory = _Scores(x, weight, plan, keep)
     for images, part in image_ranges(x, plan.images):
-        for chunk in split(weight, plan.columns, normalize):
+        for chunk in split(pooling, weight, plan.columns, normalize):
             scores = memory.view(images, chunk)
             make_scores(part, chunk.rows, scores)
             pooling.pool(scores, chunk.scale, options, chunk.first, pooled[images, chunk.columns])
@@ -312,7 +313,7 @@ def backward(
     one_image_range = plan.images >= B and (is_matrix(x) or x.device.type == "cuda")
     dx = x.new_empty((B * L, D), dtype=x.dtype if one_column_range else accumulate) if need_dx else empty
     dweight = x.new_empty(H * C, D) if need_dweight else empty
-    for chunk in split(weight, plan.columns, normalize):
+    for chunk in split(pooling, weight, plan.columns, normalize):
         dw = dweight[chunk.columns] if need_dweight else empty
         total = dw if one_image_range or not need_dweight else dw.to(accumulate)
         for images, part in image_ranges(x, plan.images):

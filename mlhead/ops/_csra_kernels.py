@@ -37,14 +37,17 @@ class Pooling(Protocol):
     ) -> None:
         """Scores become scale ds in place, for dlogits (b, C)."""
 
+    def norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """The norms (n,) of the rows of weight (n, D), 1 where 0, and one over them; fp32, of fp64 fp64."""
+
     def unit_rows_backward(self, dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -> None:
         """Subtracts u <dw, u> from dw in place, with u = weight / norm; `divide` also divides that by the norm."""
 
     def fuses(self, x: Tensor, columns: int, chunks: int) -> bool:
         """Whether the backend has a kernel that pools without a scratch, cheaper than `chunks` chunks."""
 
-    def fused(self, x: Tensor, weight: Tensor, scale: Tensor | None, options: Options, pooled: Tensor) -> None:
-        """Pools all scores of x (B, L, D) and weight (H, C, D) into pooled (B, N)."""
+    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, options: Options) -> Tensor:
+        """Logits (B, C) of x (B, L, D), weight (H, C, D) and bias (H, C)."""
 
 
 @lru_cache(maxsize=256)
@@ -82,6 +85,11 @@ class TritonPooling:
         """As `Pooling.pool_backward`."""
         self.kernels.pool_backward(scores, scale, *options, first, dlogits)
 
+    def norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Pooling.norms`."""
+        norm, reciprocal = self.kernels.norms(weight)
+        return norm, reciprocal
+
     def unit_rows_backward(self, dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -> None:
         """As `Pooling.unit_rows_backward`."""
         self.kernels.unit_rows_backward(dw, weight, norm, divide)
@@ -91,9 +99,12 @@ class TritonPooling:
         design = _design.get() or self.kernels.forward_design(*x.shape, columns, x.element_size(), chunks)
         return design == "fused"
 
-    def fused(self, x: Tensor, weight: Tensor, scale: Tensor | None, options: Options, pooled: Tensor) -> None:
+    def fused(self, x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, options: Options) -> Tensor:
         """As `Pooling.fused`."""
-        self.kernels.fused_forward(x, weight, scale, options.temperatures, options.lam, options.average, pooled)
+        logits: Tensor = self.kernels.fused_forward(
+            x, weight, bias, scale, options.temperatures, options.lam, options.average
+        )
+        return logits
 
 
 class ExtensionPooling:
@@ -105,7 +116,7 @@ class ExtensionPooling:
         return False
 
     @staticmethod
-    def fused(x: Tensor, weight: Tensor, scale: Tensor | None, options: Options, pooled: Tensor) -> None:
+    def fused(x: Tensor, weight: Tensor, bias: Tensor | None, scale: Tensor | None, options: Options) -> Tensor:
         """Never called."""
         raise NotImplementedError
 
@@ -128,6 +139,14 @@ class ExtensionPooling:
         ops: Any = torch.ops.mlhead_C
         heads = heads_on_cpu(options)
         ops.csra_pool_scores_backward.default(scores, scale, heads, options.classes, first, options.average, dlogits)
+
+    @staticmethod
+    def norms(weight: Tensor) -> tuple[Tensor, Tensor]:
+        """As `Pooling.norms`."""
+        norm = torch.linalg.vector_norm(weight, dim=-1, dtype=torch.promote_types(weight.dtype, torch.float32))
+        # The view is for torch 2.11, whose fake form keeps an axis of length 1.
+        norm = torch.where(norm == 0, 1.0, norm).view(weight.shape[:-1])
+        return norm, norm.reciprocal()
 
     @staticmethod
     def unit_rows_backward(dw: Tensor, weight: Tensor, norm: Tensor, divide: bool) -> None:

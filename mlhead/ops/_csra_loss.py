@@ -72,7 +72,7 @@ class _Call:
         for begin in range(0, C, self.plan.columns):
             classes = slice(begin, min(begin + self.plan.columns, C))
             rows = self.weight[:, classes].reshape(1, H * (classes.stop - begin), D)
-            (chunk,) = chunks.split(rows, rows.shape[1], self.normalize)
+            (chunk,) = chunks.split(self.pooling, rows, rows.shape[1], self.normalize)
             yield classes, chunk
 
     def parts(self, classes: slice, chunk: Chunk) -> Iterator[_Part]:
