@@ -41,6 +41,10 @@ def is_plain_eager(tensors: Sequence[Tensor | None]) -> bool:
     )
 
 
+def _needs_gradient(tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def is_transformed() -> bool:
     """Whether a torch.func transform or forward-mode AD is active."""
     return _functorch_level() is not None or torch.autograd.forward_ad._current_level >= 0
@@ -149,11 +153,13 @@ class FusedOp:
             return self.forward_op(*inputs, choice)
         if is_transformed():
             return self._run_transformed(inputs, choice)
-        if is_plain_eager(tensors):
-            if not torch.is_grad_enabled() or not any(t is not None and t.requires_grad for t in tensors):
-                return self._run(*inputs, choice)
-            return self._function.apply(self, self._run, self._run_backward, *inputs, choice)
-        return self.forward_op(*inputs, choice)
+        return self._eager(tensors, *inputs, choice) if is_plain_eager(tensors) else self.forward_op(*inputs, choice)
+
+    def _eager(self, tensors: Sequence[Tensor | None], *args: Any) -> Any:
+        """A call of plain tensors, past the dispatcher."""
+        if _needs_gradient(tensors):
+            return self._function.apply(self, self._run, self._run_backward, *args)
+        return self._run(*args)
 
     def _run_transformed(self, inputs: tuple[Any, ...], choice: str) -> Any:
         if choice not in ("auto", "reference"):
@@ -217,6 +223,11 @@ class FusedOp:
         return grads if len(grads) > 1 else grads[0]
 
     def _autograd(self, *args: Any) -> Any:
+        tensors = [args[i] for i in self._tensors]
+        # As in what torch.compile has made, where a second way through the dispatcher would cost as much as the kernel.
+        if is_plain_eager(tensors) and not is_transformed():
+            return self._eager(tensors, *args)
+
         def run(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.forward_op(*args)
@@ -224,6 +235,10 @@ class FusedOp:
         return self._function.apply(self, run, self.backward_op, *args)
 
     def _autograd_backward(self, *args: Any) -> Any:
+        tensors = [value for value in args if isinstance(value, Tensor)]
+        if is_plain_eager(tensors) and not is_transformed() and not _needs_gradient(tensors):
+            return self._run_backward(*args)
+
         def run(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():
                 return self.backward_op(*args)
