@@ -289,7 +289,11 @@ def main(arguments: list[str] | None = None) -> int:
                 unreached.append(group.title())
                 continue
             step(group.title())
-            found, verdict = attempt(partial(run_group, group, device, options))
+            try:
+                found, verdict = attempt(partial(run_group, group, device, options))
+            except KeyboardInterrupt:
+                print(f"\ninterrupted in {group.title()}; the rows of {len(rows)} measurements are in {path}")
+                return 130
             if found is None:
                 unreached.append(f"{group.title()}: {verdict.status}: {verdict.message}")
             else:

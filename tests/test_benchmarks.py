@@ -145,6 +145,15 @@ def test_quick_is_bounded(tmp_path, monkeypatch):
     assert {(o.minutes, o.least) for _, o in asked} == {(7.0, 2)}
 
 
+def test_an_interrupted_run_says_where_its_rows_are(tmp_path, monkeypatch, capsys):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "run_group", interrupted)
+    assert run.main([*TINY, "--out", str(tmp_path / "rows.jsonl")]) == 130
+    assert "interrupted in group_fc custom fp32" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_progress_says_how_long_it_will_take(monkeypatch, terminal):
     stream = io.StringIO()

@@ -235,6 +235,12 @@ def test_every_bad_row_is_named_and_none_vanishes(folder):
     assert text["8"] == "1 cells where the header has 2"
 
 
+def test_two_names_of_one_file_are_one_image(folder):
+    table = read_table(write(folder, "image,labels\na.png,cat\n./a.png,dog\nsub//c.png,cat\n"), folder / "images")
+    assert [row.image for row in table.rows] == ["a.png", "sub/c.png"]
+    assert [bad.reason for bad in table.bad] == ["the same image as in line 2"]
+
+
 def test_unknown_labels_and_splits_are_bad(folder):
     path = write(folder, "image,labels,split\na.png,cat,train\nb.png,cta,val\nd.jpg,cat,dev\n")
     table = keep_known(read_table(path, folder / "images"), ["cat", "dog"])

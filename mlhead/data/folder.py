@@ -69,6 +69,7 @@ def read_table(
             bad.append(record)
             continue
         place, image, labels, split = record
+        image = os.path.normpath(image) if image else image  # ./0.jpg is 0.jpg
         where = f"{path}, {place}"
         if not image:
             bad.append(BadSample(where, "no image is named"))
