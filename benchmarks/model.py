@@ -1,6 +1,7 @@
 """A cost model of the Triton kernels: ranks launch configurations without a GPU, and is held against measured rows.
 
     python -m benchmarks.model --op group_fc --target sm_90        the ranked configurations of each workload and pass
+    python -m benchmarks.model --eager --op csra_pool              plain PyTorch by the same arithmetic beside it
     python -m benchmarks.model --against benchmarks/results/*/*.jsonl
 
 Times are modelled: published peaks of the device, assumed latencies and shares (devices.py), counts of bytes and
@@ -20,6 +21,7 @@ from typing import Any
 
 from mlhead.testing import CASES
 
+from .cost import eager
 from .cost.devices import ASSUMED, DEVICES, H200_BANDWIDTH, Device, total
 from .cost.launches import passes
 from .cost.products import Problem
@@ -154,6 +156,26 @@ def print_rankings(op: str, workload: str, p: Problem, top: int) -> None:
             print(f"  {place:>4}  {microseconds(ranked.seconds):>11}  {short(ranked.config)}{mark}")
 
 
+def beside_eager(op: str, workload: str, p: Problem) -> list[str]:
+    """A line for each pass: modelled time of the op, and of plain PyTorch with its kernels, as multiples of it."""
+    own, lines = passes(op, p), []
+    others = {name: eager.eager(op, name, p) for name in eager.plain(op)}
+    if op == "csra_pool":
+        others["least with a map"] = eager.least_with_a_map(p)
+    for key in ("forward", "both"):
+        mine = total(own[key], p.device)
+        cells = [
+            f"{name} {microseconds(found)} ({len(works[key])} kernels) {found / mine:.2f}x"
+            for name, works in others.items()
+            for found in (total(works[key], p.device),)
+        ]
+        share = limit(op, key, p) / mine
+        lines.append(
+            f"{workload} {key}: mlhead {microseconds(mine)}, {share:.2f} of the published limit; " + "; ".join(cells)
+        )
+    return lines
+
+
 def device_of(row: Mapping[str, Any]) -> Device | None:
     """The device that a row was measured on, None where the model has none."""
     device = DEVICES.get(row.get("capability", ""))
@@ -245,6 +267,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=ELEMENT_BYTES, default="bf16")
     add("--tf32", action="store_true", help="fp32 products in TF32")
     add("--top", type=int, default=5, help="configurations to print")
+    add("--eager", action="store_true", help=f"beside plain PyTorch: {', '.join(eager.INPUTS)}")
     add("--against", type=Path, nargs="+", metavar="FILE", help="results files with measured rows")
     return result
 
@@ -264,8 +287,12 @@ def main(arguments: list[str] | None = None) -> int:
             for name, dims in CASES[op].workloads.items():
                 if options.workload and name not in options.workload:
                     continue
-                some = True
-                print_rankings(op, name, Problem(dims, ELEMENT_BYTES[options.dtype], device, options.tf32), options.top)
+                p = Problem(dims, ELEMENT_BYTES[options.dtype], device, options.tf32)
+                if not options.eager:
+                    print_rankings(op, name, p, options.top)
+                elif op in eager.INPUTS:
+                    print("\n".join(f"{op} {line}" for line in beside_eager(op, name, p)))
+                some = some or not options.eager or op in eager.INPUTS
     if not some:
         cli.error("no workload is left by the filters")
     return 0

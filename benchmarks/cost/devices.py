@@ -27,7 +27,7 @@ class Device:
         clock: Cycles per second that give the peak in 16 bits, at 2048, 4096 and (derived from it) 8192 FLOP a cycle.
         program_bytes: Shared memory that one program may use.
         shared_bytes: Shared memory of a multiprocessor.
-        cache_bandwidth: Bytes per second to and from L2; assumed, it is not published.
+        cache_bandwidth: Bytes per second from L2, as third parties measured it; no vendor publishes it.
     """
 
     name: str
@@ -55,11 +55,14 @@ class Device:
 #     https://hmc-tech.com/gpus/nvidia-b200-vs-nvidia-b100; earlier sheets state 8 TB/s.
 #   Shared memory: the tuning guides of CUDA, https://docs.nvidia.com/cuda/ampere-tuning-guide (164 KB, of which 163 for
 #     a program), hopper-tuning-guide and blackwell-tuning-guide (228 and 227).
-#   The originals of the data sheets and of the white papers were not at hand. For the bandwidth of L2 none was found.
+#   L2: read bandwidth in the rows of https://github.com/te42kyfo/gpu-benches, folder gpu-l2-cache: 5.4 TB/s on an A100
+#     80 GB, 9.8 on an H200 with the same multiprocessors and clock as an H100 SXM (6.9 on an H100 PCIe, which has fewer
+#     and less power). B200: the H200's bytes a cycle and multiprocessor, assumed.
+#   The originals of the data sheets and of the white papers were not at hand.
 DEVICES = {
-    "sm_80": Device("A100 SXM 80 GB", 80, 108, 2.039e12, 312e12, 156e12, 19.5e12, 1.41e9, 166_912, 167_936, 4e12),
-    "sm_90": Device("H100 SXM", 90, 132, 3.35e12, 989.4e12, 494.7e12, 66.9e12, 1.83e9, 232_448, 233_472, 5.5e12),
-    "sm_100": Device("B200", 100, 148, 7.7e12, 2250e12, 1125e12, 75e12, 1.86e9, 232_448, 233_472, 10e12),
+    "sm_80": Device("A100 SXM 80 GB", 80, 108, 2.039e12, 312e12, 156e12, 19.5e12, 1.41e9, 166_912, 167_936, 5.4e12),
+    "sm_90": Device("H100 SXM", 90, 132, 3.35e12, 989.4e12, 494.7e12, 66.9e12, 1.83e9, 232_448, 233_472, 9.8e12),
+    "sm_100": Device("B200", 100, 148, 7.7e12, 2250e12, 1125e12, 75e12, 1.86e9, 232_448, 233_472, 11e12),
 }
 H200_BANDWIDTH = 4.8e12  # as in https://aiwiki.ai/wiki/nvidia_h200; in all else it is the H100
 

@@ -74,28 +74,25 @@ def _csra(p: Problem, pick: Picker) -> Passes:
     for b, n, times in _chunks(whole if kept else plan, B, N):
         product, pooled = _pooled(p, pick, b, n, times, True)
         backward += [pooled] if kept else [product, pooled]
-        backward += _csra_gradients(p, b, n, times, count > 1 and not kept)
+        backward += _csra_gradients(p, b, n, times, plan.columns < N and not kept, plan.images < B and not kept)
+    backward.append(products.torch_pass("norms' gradient", 3.0 * eb * N * D))
     found = {"forward": [*norms, *forward], "backward": [*norms, *backward]}
     if kept:  # then the forward before a backward has all scores in one chunk, whatever it is by itself
         found["both"] = [*norms, *_pooled(p, pick, B, N, 1, False), *logits, *found["backward"]]
     return found
 
 
-def _csra_gradients(p: Problem, b: int, n: int, times: int, several: bool) -> list[Work]:
-    """What the ds of a chunk of b images and n columns becomes: dx, dw, and dw through the norm.
+def _csra_gradients(p: Problem, b: int, n: int, times: int, columns: bool, images: bool) -> list[Work]:
+    """What the ds of a chunk of b images and n columns becomes: dx and dw.
 
-    Where several chunks add to them they are read and written in fp32.
+    dx is read and written in fp32 where there are several ranges of columns, dw where there are several of images.
     """
     L, D, eb = p["L"], p["D"], p.element_bytes
-    sums = (8.0 if several else eb) * b * L * D, (8.0 if several else eb) * n * D
+    sums = (8.0 if columns else eb) * b * L * D, (8.0 if images else eb) * n * D
     dx = products.vendor_product(p, b * L, D, n, sums[0] + eb * n * D, times)
     dw = products.vendor_product(p, n, D, b * L, sums[1] + eb * b * L * D, times)
     inputs = float(eb * b * L * n)
-    return [
-        replace(dx, cache=dx.cache + inputs / dx.programs),
-        dw,
-        products.torch_pass("norms' gradient", 3.0 * eb * n * D, times),
-    ]
+    return [replace(dx, cache=dx.cache + inputs / dx.programs), dw]
 
 
 def _pooled(p: Problem, pick: Picker, b: int, n: int, times: int, backward: bool) -> tuple[Work, Work]:
@@ -186,7 +183,7 @@ def _csra_loss(p: Problem, pick: Picker) -> Passes:
     loss = p.dims.get("loss", "bce")
     chunks = csra_loss_chunks(p)
     one = chunks == [(B, C, 1)]
-    norms = [products.torch_pass("norms", float(eb * H * C * D)), products.torch_pass("norms", 12.0 * H * C, times=2)]
+    norms = [products.torch_pass("norms", float(eb * H * C * D))]
     # Several heads' classifiers of a range of classes are no rows of one matrix.
     copied = H > 1 and any(n < C for _, n, _ in chunks)
     copies = [products.torch_pass("copy of classifiers", 2.0 * eb * H * C * D)] if copied else []
@@ -202,7 +199,9 @@ def _csra_loss(p: Problem, pick: Picker) -> Passes:
         forward += [product, pooled, *logits, statistics if loss == "softmax" else gradient]
         again = [*([] if one else [product]), pooled, *logits, gradient] if loss == "softmax" else []
         backward = _pooled(p, pick, b, H * n, times, True)[1]
-        gradients += [*again, backward, *_csra_gradients(p, b, H * n, times, not one)]
+        ranges = any(columns < C for _, columns, _ in chunks), any(images < B for images, _, _ in chunks)
+        gradients += [*again, backward, *_csra_gradients(p, b, H * n, times, *ranges)]
+    gradients.append(products.torch_pass("norms' gradient", 3.0 * eb * H * C * D))
     scaling = [products.torch_pass("scale", 4.0, times=3)]
     second = [*norms, *copies] if loss == "softmax" else []
     return {"forward": forward, "backward": scaling, "both": [*forward, *second, *gradients, *scaling]}

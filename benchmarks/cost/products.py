@@ -186,15 +186,24 @@ def add_parts(p: Problem, parts: int, size: int) -> list[Work]:
     return [torch_pass("sum of parts", 4.0 * (parts + 1) * size), *rounding]
 
 
-def vendor_product(p: Problem, m: int, n: int, k: int, dram: float, times: int = 1) -> Work:
-    """A product (m, k) (k, n) by the vendor's library, in ceil(m / 128) ceil(n / 128) tiles of 128 by 128."""
+def vendor_product(p: Problem, m: int, n: int, k: int, dram: float, times: int = 1, batch: int = 1) -> Work:
+    """A product (m, k) (k, n), or a batch of them, by the vendor's library, in tiles of 128 by 128.
+
+    From sm_90 on of 128 by 256, by pairs of programs that read the wider operand from L2 once for both. Where tiles are
+    fewer than multiprocessors, k is split, and the parts are added up in L2.
+    """
     rate = "tensor" if p.element_bytes == 2 else "tf32" if p.tf32 else "lanes"
-    programs = max(1, math.ceil(m / 128) * math.ceil(n / 128))
-    cache = p.element_bytes * (k * (min(m, 128) + min(n, 128)) + min(m, 128) * min(n, 128))
-    matrix = 2.0 * 128 * 128 * k / ASSUMED.vendor_share
+    wide = 256 if p.device.capability >= 90 and min(m, n) > 128 and rate != "lanes" else 128
+    m, n = max(m, n), min(m, n)
+    tiles = max(1, batch * math.ceil(m / 128) * math.ceil(n / wide))
+    splits = max(1, min(p.device.multiprocessors // tiles, k // 512))
+    sums = min(m, 128) * min(n, wide)
+    cache = p.element_bytes * (k / splits * (min(m, 128) + min(n, wide) * 128 / wide) + sums)
+    cache += 8.0 * sums if splits > 1 else 0.0
+    matrix = 2.0 * 128 * wide * k / splits / ASSUMED.vendor_share
     return Work(
-        "product", "", programs, 8, Resources(168, 96 << 10), dram, cache, matrix, rate,
-        rounds=math.ceil(k / 64), depth=3, times=times,
+        "product", "", tiles * splits, 8, Resources(168, 96 << 10), batch * dram, cache, matrix, rate,
+        rounds=math.ceil(k / splits / 64), depth=3, times=times,
     )  # fmt: skip
 
 
