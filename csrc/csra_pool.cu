@@ -1,5 +1,5 @@
-// Pooling of csra_pool on CUDA: raw scores of a chunk of classifiers to logits, and their gradient in place (see
-// csra_pool.h).
+// Pooling of csra_pool on CUDA: raw scores of a chunk of classifiers to logits, and their gradient, perhaps in place
+// (see csra_pool.h).
 //
 // A block of 256 threads handles one image and a tile of neighbouring columns: 32 lanes across, one column each, or two
 // where 16-bit scores may be read in pairs, and 8 rows of threads that share out the positions l. So a warp reads 128
@@ -110,8 +110,9 @@ struct Part {
   static constexpr int kTile = kLanes * WIDTH;
   int64_t b, n;  // image, first column
   int row, lane;
-  int end;  // of the positions: L, or 0 for a thread beyond the last column
-  T* at;    // the first position of column n
+  int end;      // of the positions: L, or 0 for a thread beyond the last column
+  const T* at;  // the first position of column n
+  T* to;        // of ds
   int64_t s_l;
   Column<Sum> column[WIDTH];
 
@@ -122,7 +123,8 @@ struct Part {
     n = blockIdx.x % tiles_n * kTile + lane * WIDTH;
     end = n < p.N ? int(p.L) : 0;
     s_l = p.s_l;
-    at = static_cast<T*>(p.scores) + b * p.s_b + n;
+    at = static_cast<const T*>(p.scores) + b * p.s_b + n;
+    to = p.ds ? static_cast<T*>(p.ds) + b * p.s_b + n : nullptr;
 #pragma unroll
     for (int v = 0; v < WIDTH; ++v) {
       const int64_t own = smaller(n + v, p.N - 1);
@@ -146,7 +148,7 @@ struct Part {
     Vector<T, WIDTH> held;
 #pragma unroll
     for (int v = 0; v < WIDTH; ++v) held.x[v] = from_sum<T>(x[v]);
-    *reinterpret_cast<Vector<T, WIDTH>*>(at + l * s_l) = held;
+    *reinterpret_cast<Vector<T, WIDTH>*>(to + l * s_l) = held;
   }
 
   // f(l, s) for every position of the thread, from the first to the last. The loads of a batch wait for nothing.
@@ -289,7 +291,8 @@ __global__ void __launch_bounds__(kThreads) unit_rows_backward(UnitRows p) {
 // Whether columns may be read and written in vectors of WIDTH.
 template <typename T, int WIDTH>
 bool aligned(const CsraScores& p) {
-  return reinterpret_cast<uintptr_t>(p.scores) % (sizeof(T) * WIDTH) == 0 && (p.s_b | p.s_l | p.N) % WIDTH == 0;
+  const uintptr_t begins = reinterpret_cast<uintptr_t>(p.scores) | reinterpret_cast<uintptr_t>(p.ds);
+  return begins % (sizeof(T) * WIDTH) == 0 && (p.s_b | p.s_l | p.N) % WIDTH == 0;
 }
 
 enum class Pass { forward, backward };
@@ -327,7 +330,8 @@ CsraScores columns_of(const CsraScores& p, int64_t n, int64_t columns) {
   CsraScores part = p;
   part.N = columns;
   part.first = p.first + n;
-  part.scores = static_cast<T*>(p.scores) + n;
+  part.scores = static_cast<const T*>(p.scores) + n;
+  if (p.ds) part.ds = static_cast<T*>(p.ds) + n;
   if (p.scale) part.scale = static_cast<const Sum*>(p.scale) + n;
   if (p.pooled) part.pooled = static_cast<Sum*>(p.pooled) + n;
   return part;

@@ -7,7 +7,7 @@
 //     forward    pooled[b, n] = average mean_l s + lam_h A
 //     backward   ds_l = dlogits[b, c] (average / L + lam_h p_l (1 + T_h (s_l - A)))
 //                for T_h = infinity: dlogits[b, c] (average / L + lam_h [l is the first position of the maximum])
-//                scores[b, l, n] <- scale[n] ds_l
+//                ds[b, l, n] <- scale[n] ds_l, which may be written over the scores
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -26,13 +26,14 @@ struct CsraScores {
   double average;
   const double* temperatures;  // of every head, > 0, in host memory: a launch copies what it needs
   const double* lam;
-  void* scores;
+  const void* scores;
   int64_t s_b, s_l;
   const void* scale;  // Sum (N,), or null for 1
   void* pooled;       // forward: Sum (B, N)
   int64_t pooled_b;
   const void* dlogits;  // backward: (B, classes)
   int64_t d_b, d_c;
+  void* ds;  // backward: (B, L, N) in the strides of scores; perhaps scores itself
 };
 
 // The gradient through the division of N classifiers w (D) by their norms: dw <- dw - u <dw, u> with u = w / norm, in
@@ -50,7 +51,7 @@ struct UnitRows {
 };
 
 // Each returns null, or what went wrong. Nothing is launched where there are no columns or no images. No position of
-// scores may have two indices when backward writes them.
+// ds may have two indices.
 const char* launch_csra_pool(const CsraScores& p, cudaStream_t stream);
 const char* launch_csra_pool_backward(const CsraScores& p, cudaStream_t stream);
 const char* launch_unit_rows_backward(const UnitRows& p, cudaStream_t stream);

@@ -77,6 +77,16 @@ struct ScoresCall {
     check_shape(where, "dlogits", shape_of(t), "(B, classes)", {B, classes});
   }
 
+  // Scores' gradient: like scores in all, strides too; perhaps scores itself.
+  void check_ds(const Tensor& t, const Tensor& scores) const {
+    check_equal(where, "ds", dtype_name(t.scalar_type()), dtype_name(scores.scalar_type()), "scores");
+    check_equal(where, "ds", "on " + device_name(t), "on " + device_name(scores), "scores");
+    check_shape(where, "ds", shape_of(t), "(B, L, N)", {B, L, N});
+    check_unit_stride("ds", N, t.strides()[2]);
+    if ((B > 1 && t.strides()[0] != s_b) || (L > 1 && t.strides()[1] != s_l))
+      fail(where, "ds", "in the strides of scores", "other strides");
+  }
+
  private:
   void check_accumulated(const char* argument, const Tensor& t, const Tensor& scores) const {
     if (t.scalar_type() != accumulation)

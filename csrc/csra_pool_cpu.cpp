@@ -35,16 +35,18 @@ struct ColumnBlock {
 
 // Runs f(block of columns, image, task) over all images and blocks of columns.
 template <typename T, typename F>
-void for_each_block(const ScoresCall& p, void* scores, double average, const F& f) {
+void for_each_block(const ScoresCall& p, const void* scores, void* ds, double average, const F& f) {
   const int64_t blocks = (p.N + kPoolColumns - 1) / kPoolColumns, items = blocks * p.B;
   const auto range = [&](int64_t begin, int64_t end) {
     void* scratch = thread_scratch(2 * p.L * kPoolColumns * int64_t(sizeof(T)));
     for (int64_t item = begin; item < end; ++item) {
       const int64_t b = item / blocks;
       ColumnBlock<T> block(p, item % blocks * kPoolColumns);
-      char* at = static_cast<char*>(scores) + (b * p.s_b + block.n) * element_size(p.dtype);
+      const int64_t offset = (b * p.s_b + block.n) * element_size(p.dtype);
+      const char* from = static_cast<const char*>(scores) + offset;
+      char* to = ds ? static_cast<char*>(ds) + offset : nullptr;
       f(block, b,
-        PoolTask{p.L, block.columns, at, p.s_l, block.scale, block.sharpness, block.infinite, block.lam, average,
+        PoolTask{p.L, block.columns, from, to, p.s_l, block.scale, block.sharpness, block.infinite, block.lam, average,
                  block.result, block.dlogits, scratch});
     }
   };
@@ -56,18 +58,19 @@ void for_each_block(const ScoresCall& p, void* scores, double average, const F& 
 }
 
 template <typename T>
-void run_forward(const ScoresCall& p, void* scores, double average, T* pooled, int64_t stride_b) {
+void run_forward(const ScoresCall& p, const void* scores, double average, T* pooled, int64_t stride_b) {
   const auto kernel = kernels().pool[int(p.dtype)];
-  for_each_block<T>(p, scores, average, [&](ColumnBlock<T>& block, int64_t b, const PoolTask& task) {
+  for_each_block<T>(p, scores, nullptr, average, [&](ColumnBlock<T>& block, int64_t b, const PoolTask& task) {
     kernel(task);
     std::copy_n(block.result, block.columns, pooled + b * stride_b + block.n);
   });
 }
 
 template <typename S, typename T>
-void run_backward(const ScoresCall& p, void* scores, double average, const S* dlogits, int64_t d_b, int64_t d_c) {
+void run_backward(const ScoresCall& p, const void* scores, void* ds, double average, const S* dlogits, int64_t d_b,
+                  int64_t d_c) {
   const auto kernel = kernels().pool_backward[int(p.dtype)];
-  for_each_block<T>(p, scores, average, [&](ColumnBlock<T>& block, int64_t b, const PoolTask& task) {
+  for_each_block<T>(p, scores, ds, average, [&](ColumnBlock<T>& block, int64_t b, const PoolTask& task) {
     for (int64_t i = 0; i < block.columns; ++i)
       block.dlogits[i] = load_scalar(dlogits + b * d_b + (p.first + block.n + i) % p.classes * d_c);
     kernel(task);
@@ -78,25 +81,29 @@ void csra_pool_scores_cpu(const Tensor& scores, const std::optional<Tensor>& sca
                           int64_t classes, int64_t first, double average, const Tensor& pooled) {
   const ScoresCall p("csra_pool_scores", scores, scale, heads, classes, first);
   p.check_result("pooled", pooled, scores);
-  void *from = scores.mutable_data_ptr(), *to = pooled.mutable_data_ptr();  // the kernel does not write scores here
+  const void* from = scores.const_data_ptr();
+  void* to = pooled.mutable_data_ptr();
   const int64_t stride_b = pooled.strides()[0];
   if (p.dtype == Dtype::f64) return run_forward(p, from, average, static_cast<double*>(to), stride_b);
   run_forward(p, from, average, static_cast<float*>(to), stride_b);
 }
 
 void csra_pool_scores_backward_cpu(const Tensor& scores, const std::optional<Tensor>& scale, const Tensor& heads,
-                                   int64_t classes, int64_t first, double average, const Tensor& dlogits) {
+                                   int64_t classes, int64_t first, double average, const Tensor& dlogits,
+                                   const Tensor& ds) {
   const ScoresCall p("csra_pool_scores_backward", scores, scale, heads, classes, first);
   p.check_dlogits(dlogits, scores);
-  void* at = scores.mutable_data_ptr();
-  const void* d = dlogits.const_data_ptr();
-  const auto ds = dlogits.strides();
+  p.check_ds(ds, scores);
+  const void *at = scores.const_data_ptr(), *d = dlogits.const_data_ptr();
+  void* to = ds.mutable_data_ptr();
+  const auto strides = dlogits.strides();
+  const int64_t d_b = strides[0], d_c = strides[1];
   switch (p.dtype) {
-    case Dtype::f32: return run_backward<float, float>(p, at, average, static_cast<const float*>(d), ds[0], ds[1]);
-    case Dtype::f64: return run_backward<double, double>(p, at, average, static_cast<const double*>(d), ds[0], ds[1]);
-    case Dtype::f16: return run_backward<Half, float>(p, at, average, static_cast<const Half*>(d), ds[0], ds[1]);
+    case Dtype::f32: return run_backward<float, float>(p, at, to, average, static_cast<const float*>(d), d_b, d_c);
+    case Dtype::f64: return run_backward<double, double>(p, at, to, average, static_cast<const double*>(d), d_b, d_c);
+    case Dtype::f16: return run_backward<Half, float>(p, at, to, average, static_cast<const Half*>(d), d_b, d_c);
     case Dtype::bf16:
-      return run_backward<BFloat16, float>(p, at, average, static_cast<const BFloat16*>(d), ds[0], ds[1]);
+      return run_backward<BFloat16, float>(p, at, to, average, static_cast<const BFloat16*>(d), d_b, d_c);
   }
 }
 
@@ -128,8 +135,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(mlhead_C, m) {
       "csra_pool_scores(Tensor scores, Tensor? scale, Tensor heads, int classes, int first, float average, "
       "Tensor(a!) pooled) -> ()");
   m.def(
-      "csra_pool_scores_backward(Tensor(a!) scores, Tensor? scale, Tensor heads, int classes, int first, "
-      "float average, Tensor dlogits) -> ()");
+      "csra_pool_scores_backward(Tensor scores, Tensor? scale, Tensor heads, int classes, int first, "
+      "float average, Tensor dlogits, Tensor(a!) ds) -> ()");
   m.def("csra_unit_rows_backward(Tensor(a!) dw, Tensor weight, Tensor norm, bool divide) -> ()");
 }
 

@@ -13,7 +13,7 @@ CsraScores scores_of(const ScoresCall& call, const Tensor& scores, double averag
   p.classes = call.classes, p.first = call.first;
   p.average = average;
   p.temperatures = call.temperatures, p.lam = call.lam;
-  p.scores = const_cast<void*>(scores.const_data_ptr());  // forward only reads them
+  p.scores = scores.const_data_ptr();
   p.s_b = call.s_b, p.s_l = call.s_l;
   p.scale = call.scale;
   return p;
@@ -30,12 +30,14 @@ void csra_pool_scores_cuda(const Tensor& scores, const std::optional<Tensor>& sc
 }
 
 void csra_pool_scores_backward_cuda(const Tensor& scores, const std::optional<Tensor>& scale, const Tensor& heads,
-                                    int64_t classes, int64_t first, double average, const Tensor& dlogits) {
+                                    int64_t classes, int64_t first, double average, const Tensor& dlogits,
+                                    const Tensor& ds) {
   const ScoresCall call("csra_pool_scores_backward", scores, scale, heads, classes, first);
   call.check_dlogits(dlogits, scores);
+  call.check_ds(ds, scores);
   const Device device(scores);
   CsraScores p = scores_of(call, scores, average);
-  p.scores = scores.mutable_data_ptr();
+  p.ds = ds.mutable_data_ptr();
   p.dlogits = dlogits.const_data_ptr(), p.d_b = dlogits.strides()[0], p.d_c = dlogits.strides()[1];
   check_launch(call.where, launch_csra_pool_backward(p, device.stream()));
 }

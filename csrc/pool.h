@@ -11,7 +11,8 @@ inline constexpr int kPoolColumns = 32;
 // type; every array of T has kPoolColumns elements, of which the first `columns` count.
 struct PoolTask {
   int64_t L, columns;
-  void* scores;           // S (L, columns): row l begins at l * stride_l
+  const void* scores;     // S (L, columns): row l begins at l * stride_l
+  void* ds;               // backward: the same, written; perhaps scores itself
   int64_t stride_l;       // in elements
   const void* scale;      // T, s = scale * score
   const void* sharpness;  // T, the temperature, 0 where it is infinite

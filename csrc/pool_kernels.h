@@ -168,7 +168,7 @@ static void pool_backward(const PoolTask& t) {
       store(s_at, ds * scale);
     }
   }
-  write_block<T, S>(t.L, t.columns, block, kPoolColumns, static_cast<S*>(t.scores), t.stride_l, 1);
+  write_block<T, S>(t.L, t.columns, block, kPoolColumns, static_cast<S*>(t.ds), t.stride_l, 1);
 }
 
 // The storage types are those of the weight and of dw.

@@ -8,7 +8,7 @@ Two designs, and the shape decides (`forward_design`). The fused one, forward on
 the chunked one.
 
 A chunk of columns' raw scores (B, L, n) comes from a product by the vendor's library into a scratch that fits L2; one
-kernel then pools each column, or turns its scores into ds in place for the two products of the gradient. Beyond the
+kernel then pools each column, or turns its scores into ds for the two products of the gradient. Beyond the
 products it moves 4 bytes per score in 16 bits forward (write, read) and 6 backward, all in L2, and it wastes no
 arithmetic on any L. Backward is always chunked: what follows ds needs all of it, in two orders.
 
@@ -120,12 +120,12 @@ def csra_pool_scores_kernel(
 
 @triton.jit
 def csra_pool_scores_backward_kernel(
-    scores_ptr, scale_ptr, dlogits_ptr, L, N, C, first_column, average,
+    scores_ptr, scale_ptr, dlogits_ptr, ds_ptr, L, N, C, first_column, average,
     scores_stride_b, scores_stride_l, dlogits_stride_b, dlogits_stride_c,
     HEADS: tl.constexpr, SHARPNESS: tl.constexpr, INFINITE: tl.constexpr, LAM: tl.constexpr, HAS_SCALE: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One program handles BLOCK_N columns of one image: reads their scores, then writes scale ds over them."""
+    """One program handles BLOCK_N columns of one image: writes scale ds, in the strides of the scores, or over them."""
     b, offs_n, mask_n, h, sharp, scale = _columns(scale_ptr, N, C, first_column, HEADS, SHARPNESS, HAS_SCALE, BLOCK_N)
     scores_ptr += b * scores_stride_b
     m, first, z, w, _ = _facts(scores_ptr, L, scores_stride_l, offs_n, mask_n, scale, sharp, BLOCK_L, BLOCK_N)
@@ -145,8 +145,8 @@ def csra_pool_scores_backward_kernel(
         soft = tl.exp2(below * sharp[None, :]) * (1.0 + T[None, :] * (below - attended[None, :]))
         hard = tl.where(offs_l[:, None] == first[None, :], 1.0, 0.0)
         ds = (even[None, :] + focus[None, :] * tl.where(is_infinite[None, :], hard, soft)) * scale[None, :]
-        scores_ptrs = scores_ptr + offs_l.to(tl.int64)[:, None] * scores_stride_l + offs_n[None, :]
-        tl.store(scores_ptrs, ds.to(scores_ptr.dtype.element_ty), mask=mask)
+        ds_ptrs = ds_ptr + b * scores_stride_b + offs_l.to(tl.int64)[:, None] * scores_stride_l + offs_n[None, :]
+        tl.store(ds_ptrs, ds.to(ds_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -239,11 +239,12 @@ def pool_backward(
     classes: int,
     first: int,
     dlogits: Tensor,
+    ds: Tensor,
 ) -> None:
-    """Writes scale ds over raw scores (B, L, N), for dlogits (B, C) of any strides."""
+    """Writes scale ds of raw scores (B, L, N) into ds, in their strides or over them; dlogits (B, C) of any strides."""
     _launch(
         csra_pool_scores_backward_kernel, scores, scale, temperatures, lam, average, classes, first,
-        dlogits_ptr=dlogits, dlogits_stride_b=dlogits.stride(0), dlogits_stride_c=dlogits.stride(1),
+        dlogits_ptr=dlogits, ds_ptr=ds, dlogits_stride_b=dlogits.stride(0), dlogits_stride_c=dlogits.stride(1),
     )  # fmt: skip
 
 

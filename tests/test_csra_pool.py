@@ -45,7 +45,7 @@ def compare_inference(dims: dict[str, Any], dtype: torch.dtype, design: str) -> 
 def test_results_do_not_depend_on_the_chunks(
     backend: str, scratch_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = dataclasses.replace(chunks.MACHINES["cpu"], scratch_bytes=scratch_bytes)
+    small = dataclasses.replace(chunks.MACHINES["cpu"], scratch_bytes=scratch_bytes, kept_bytes=scratch_bytes)
     monkeypatch.setitem(chunks.MACHINES, "cpu", small)
     for dims in (
         {"B": 3, "L": 7, "D": 16, "H": 2, "C": 5, "bias": True},

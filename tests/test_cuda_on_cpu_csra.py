@@ -43,7 +43,7 @@ class CsraScores(ctypes.Structure):
         ("dtype", ctypes.c_int), ("B", INT), ("L", INT), ("N", INT), ("classes", INT), ("first", INT),
         ("average", DOUBLE), ("temperatures", POINTER), ("lam", POINTER),
         ("scores", POINTER), ("s_b", INT), ("s_l", INT), ("scale", POINTER), ("pooled", POINTER), ("pooled_b", INT),
-        ("dlogits", POINTER), ("d_b", INT), ("d_c", INT),
+        ("dlogits", POINTER), ("d_b", INT), ("d_c", INT), ("ds", POINTER),
     ]  # fmt: skip
 
 
@@ -124,8 +124,16 @@ def run_like_the_op(library: ctypes.CDLL, chunk: Chunk, beside: int = 0, lead: i
     assert torch.equal(scores.nan_to_num(), chunk.scores.nan_to_num()), "forward has written scores"
 
     results = {"pooled": pooled}
+    apart_memory = torch.full_like(memory, 77.0)
+    apart = apart_memory[lead:].view(B, L, pitch)
+    p.ds = apart[:, :, :N].data_ptr()
     problem = library.csra_pool_backward(ctypes.byref(p))
     assert problem is None, problem
+    assert torch.equal(scores.nan_to_num(), chunk.scores.nan_to_num()), "backward has written scores"
+    p.ds = scores.data_ptr()
+    problem = library.csra_pool_backward(ctypes.byref(p))
+    assert problem is None, problem
+    assert torch.equal(apart_memory.nan_to_num(), memory.nan_to_num()), "in place and apart differ"
     assert bool((padded[:, :, N:] == 77).all() and (memory[:lead] == 77).all()), "written beside the scores"
     for result in results.values():
         beyond = result.as_strided((B, beside), result.stride(), N) if beside and B else result[:0]

@@ -18,8 +18,8 @@ from mlhead.kernels.group_fc import Tile
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import model, records, tune
-from benchmarks.cost import candidates, devices, launches, products, proposal, sites
-from benchmarks.cost.devices import ASSUMED, DEVICES, Resources, Work
+from benchmarks.cost import candidates, devices, eager, launches, products, proposal, sites
+from benchmarks.cost.devices import ASSUMED, DEVICES, Resources, Work, total
 from benchmarks.cost.products import Problem
 from mlhead.ops import _csra_chunks
 from mlhead.testing import CASES, offline
@@ -104,6 +104,34 @@ def test_split_loops_count_their_parts():
     assert kernel.rounds == 4
     assert [w.kernel for w in rest] == ["sum of parts", "round"]
     assert rest[0].dram == 4 * 33 * 16 * 64
+
+
+def test_plain_torch_is_counted_op_by_op():
+    """The product, then the passes over its (B, C) result: the slice is a view, the bias a kernel."""
+    p = Problem({"B": 256, "G": 100, "E": 768, "C": 1000}, 2, H100)
+    found = eager.eager("group_fc", "torch: bmm", p)
+    assert [work.kernel for work in found["forward"]] == ["product", "clone", "add"]
+    assert [work.kernel for work in found["both"]].count("product") == 3
+    product, _, add = found["forward"]
+    assert product.dram == 2 * 100 * (256 * 768 + 768 * 10 + 256 * 10)
+    assert add.programs * add.cache == 2 * (2 * 256 * 1000 + 1000)
+    assert add.dram == 0  # L2 has it still
+
+    p = Problem({"B": 64, "L": 196, "D": 2048, "H": 6, "C": 80}, 2, H100)
+    found = eager.eager("csra_pool", "papers: conv", p)
+    assert [work.kernel for work in found["forward"]].count("product") == 6  # one for each head
+    assert [work.kernel for work in found["both"]].count("product") == 18
+    least = eager.least_with_a_map(p)
+    assert [work.kernel for work in least["both"]].count("product") == 3
+    for key in ("forward", "both"):
+        assert total(least[key], H100) < total(eager.eager("csra_pool", "torch: matmul", p)[key], H100)
+
+
+def test_what_is_beside_the_op_is_printed(capsys):
+    assert model.main(["--eager", "--op", "csra_pool", "--workload", "coco"]) == 0
+    assert "csra_pool coco both: mlhead" in capsys.readouterr().out
+    with pytest.raises(SystemExit):
+        model.main(["--eager", "--op", "relu_dropout"])
 
 
 @pytest.mark.parametrize("heads", [1, 6])

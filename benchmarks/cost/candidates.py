@@ -174,7 +174,7 @@ def _launch_csra_loss(trial: Trial) -> None:
         shared = scale, options["temperatures"], (options["lam"],) * H, options["average"], n, 0
         csra_pool.pool(scores, *shared, _empty(b, H * n))
         _loss_of(p, _empty(1, b, n), None, p["C"])
-        csra_pool.pool_backward(scores, *shared, dlogits)
+        csra_pool.pool_backward(scores, *shared, dlogits, scores)
 
 
 def compiled(trial: Trial, config: Config, target: str, kernels: tuple[str, ...]) -> list[tuple[str, Binary]]:

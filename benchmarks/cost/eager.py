@@ -19,9 +19,8 @@ from torch.utils._pytree import tree_leaves
 
 from ..baselines import BASELINES
 from .devices import Resources, Work
-from .products import Problem, vendor_product
+from .products import KEPT_BYTES, Problem, vendor_product
 
-KEPT_BYTES = 24 << 20  # a tensor of at most so many bytes is still in L2; assumed, half of an H100's
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
 TEMPERATURES = {1: (1.0,), 6: (1.0, 2.0, 3.0, 4.0, 5.0, math.inf), 8: (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, math.inf)}
 

@@ -57,7 +57,7 @@ def _csra(p: Problem, pick: Picker) -> Passes:
     B, L, D, N, eb = p["B"], p["L"], p["D"], p["H"] * p["C"], p.element_bytes
     machine = _csra_chunks.MACHINES["cuda"]
     device = kernel_device(p.device)
-    kept = B * L * N * eb <= machine.scratch_bytes
+    kept = B * L * N * eb <= machine.kept_bytes
     plan = _csra_chunks.plan_chunks(B, L, D, N, eb, B, machine)
     whole = _csra_chunks.Plan(B, N)
     count = math.ceil(B / plan.images) * math.ceil(N / plan.columns)
@@ -70,7 +70,7 @@ def _csra(p: Problem, pick: Picker) -> Passes:
         forward = [products.csra_fused(p, tile), products.csra_merge(p, tile.BLOCK_R)]
     else:
         forward = [work for chunk in _chunks(plan, B, N) for work in _pooled(p, pick, *chunk, False)] + logits
-    backward: list[Work] = [products.torch_pass("copy of scores", 2.0 * eb * B * L * N)] if kept else []
+    backward: list[Work] = []
     for b, n, times in _chunks(whole if kept else plan, B, N):
         product, pooled = _pooled(p, pick, b, n, times, True)
         backward += [pooled] if kept else [product, pooled]
@@ -99,7 +99,8 @@ def _pooled(p: Problem, pick: Picker, b: int, n: int, times: int, backward: bool
     """The product of a chunk's scores, and the kernel that pools them."""
     L, D, eb = p["L"], p["D"], p.element_bytes
     tile = pick("csra_pool.pool_tile", L, n, eb)
-    product = products.vendor_product(p, b * L, n, D, float(eb * D * (b * L + n)), times)
+    written = products.beyond_cache(float(eb * b * L * n))
+    product = products.vendor_product(p, b * L, n, D, float(eb * D * (b * L + n)) + written, times)
     return product, products.csra_pool_scores(p, tile, b, n, backward, times)
 
 

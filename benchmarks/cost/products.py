@@ -18,6 +18,7 @@ from mlhead.kernels import csra_pool, csra_pool_fused, group_fc
 from .devices import ASSUMED, Device, Resources, Work
 
 HASH = 12.0  # operations of one element's dropout
+KEPT_BYTES = 40 << 20  # that L2 keeps from one kernel to the next; by the same measurements as devices.py
 
 
 @dataclass(frozen=True)
@@ -229,14 +230,21 @@ def csra_fused(p: Problem, t: csra_pool_fused.FusedTile) -> Work:
     return replace(work, lanes=lanes, site="fused_tile", resources=taken)
 
 
+def beyond_cache(moved: float) -> float:
+    """What of so many bytes comes from memory: all where L2 does not hold them."""
+    return moved if moved > KEPT_BYTES else 0.0
+
+
 def csra_pool_scores(
     p: Problem, t: csra_pool.PoolTile, images: int, columns: int, backward: bool, times: int = 1
 ) -> Work:
     """`images` ceil(columns / BLOCK_N) programs of ceil(L / BLOCK_L) tiles, which wait for one another.
 
-    Scores, in L2, are read once; backward reads them again and writes them. 25 operations a score, backward 45.
+    Scores are read once, from L2 if it holds them; backward reads them again and writes their gradient. 25 operations
+    a score, backward 45.
     """
     L = p["L"]
+    memory = beyond_cache((2.0 if backward else 1.0) * p.element_bytes * images * L * columns)
     steps = math.ceil(L / t.BLOCK_L)
     passes = 3 if backward else 1
     n = min(columns, t.BLOCK_N)
@@ -247,7 +255,7 @@ def csra_pool_scores(
         "csra_pool_scores_backward_kernel" if backward else "csra_pool_scores_kernel",
         "pool_tile", images * math.ceil(columns / t.BLOCK_N), t.num_warps,
         assumed(p, t.num_warps, 1.5 * tile + t.BLOCK_N * (8 if p["H"] == 1 else 108), 0, 4 * t.BLOCK_N * t.num_warps),
-        0.0, p.element_bytes * passes * L * n + 4.0 * n, lanes=numbers * (45.0 if backward else 25.0),
+        memory, p.element_bytes * passes * L * n + 4.0 * n, lanes=numbers * (45.0 if backward else 25.0),
         accesses=passes * numbers / width(p, vector), rounds=steps * (2 if backward else 1), times=times,
     )  # fmt: skip
 

@@ -5,9 +5,9 @@ images times a range of columns:
 
     scores (images, L, columns) = x w^T             into a scratch of constant size, made for the cache
     forward     pool each column over its L scores  -> pooled (B, N) fp32; the logits are its sum over the heads
-    backward    turn the scores into ds in place, then dx += ds w and dw += ds^T x
+    backward    turn the scores into ds, then dx += ds w and dw += ds^T x
 
-so the (H, B, C, L) scores never exist whole, unless they are no larger than the scratch: then one product makes them,
+so the (H, B, C, L) scores never exist whole, unless they are no larger than a constant: then one product makes them,
 and they are kept for backward, which spares the fourth product.
 
 What is linear stays outside the products. A classifier's norm divides its scores (`scale`), and ds as it is stored. A
@@ -36,6 +36,7 @@ class Machine:
 
     Args:
         scratch_bytes: Size of the scores of a chunk.
+        kept_bytes: The most bytes of all scores that are kept for backward.
         flops: Rate of a large matrix product.
         bandwidth: Bytes per second from memory.
         launch_s: Seconds that a chunk costs besides.
@@ -43,6 +44,7 @@ class Machine:
     """
 
     scratch_bytes: int
+    kept_bytes: int
     flops: float
     bandwidth: float
     launch_s: float
@@ -51,9 +53,10 @@ class Machine:
 
 MACHINES = {
     # Rate and bandwidth of two cores of an AMD EPYC, as `make bench` measured them; the rest is assumed.
-    "cpu": Machine(8 << 20, 170e9, 25e9, 20e-6, 24),
-    # Assumed for an H100 (its L2 holds 50 MB); not yet measured on a GPU.
-    "cuda": Machine(24 << 20, 700e12, 3.0e12, 15e-6, 96),
+    "cpu": Machine(8 << 20, 8 << 20, 170e9, 25e9, 20e-6, 24),
+    # Assumed for an H100 (its L2 holds 50 MB); not yet measured on a GPU. Keeping more than L2 holds costs more passes
+    # through memory, by the model of benchmarks/cost half of what the product that it spares does.
+    "cuda": Machine(24 << 20, 128 << 20, 700e12, 3.0e12, 15e-6, 96),
 }
 
 
@@ -187,10 +190,18 @@ def _machine(x: Tensor) -> Machine:
     return MACHINES["cuda" if x.device.type == "cuda" else "cpu"]
 
 
+def _score_bytes(x: Tensor, weight: Tensor) -> int:
+    return x.shape[0] * x.shape[1] * weight.shape[0] * weight.shape[1] * x.element_size()
+
+
 def fits_the_scratch(x: Tensor, weight: Tensor) -> bool:
-    """Whether all scores are so few that they may be kept for backward; a function of the shapes alone."""
-    scores = x.shape[0] * x.shape[1] * weight.shape[0] * weight.shape[1]
-    return bool(scores * x.element_size() <= _machine(x).scratch_bytes)
+    """Whether all scores are so few that one chunk has them; a function of the shapes alone."""
+    return _score_bytes(x, weight) <= _machine(x).scratch_bytes
+
+
+def may_be_kept(x: Tensor, weight: Tensor) -> bool:
+    """Whether all scores are so few that they are kept for a backward; a function of the shapes alone."""
+    return _score_bytes(x, weight) <= _machine(x).kept_bytes
 
 
 def chunk_plan(x: Tensor, weight: Tensor, keep: bool) -> Plan:
@@ -208,13 +219,13 @@ def chunk_plan(x: Tensor, weight: Tensor, keep: bool) -> Plan:
 
 
 class _Scores:
-    """Where raw scores live: a scratch that every chunk writes anew, or memory that keeps them, chunk after chunk."""
+    """Where scores live: a scratch that every chunk writes anew, or memory that keeps them, chunk after chunk."""
 
-    def __init__(self, x: Tensor, weight: Tensor, plan: Plan, keep: bool) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, plan: Plan, keep: bool, kept: Tensor | None = None) -> None:
         self.B, self.L = x.shape[:2]
         self.keep = keep
         size = self.B * self.L * weight.shape[0] * weight.shape[1] if keep else plan.images * self.L * plan.columns
-        self.memory = x.new_empty(size)
+        self.memory = x.new_empty(size) if kept is None else kept
 
     def view(self, images: slice, chunk: Chunk) -> Tensor:
         """The place of the scores (b, L, n) of a chunk, contiguous."""
@@ -245,7 +256,7 @@ def forward(
     B, N = x.shape[0], weight.shape[0] * weight.shape[1]
     if B == 0 or N == 0:
         return x.new_zeros(B, weight.shape[1]), x.new_empty(0)
-    keep = keep and fits_the_scratch(x, weight)
+    keep = keep and may_be_kept(x, weight)
     plan = chunk_plan(x, weight, keep)
     if not keep and pooling.fuses(x, N, math.ceil(B / plan.images) * math.ceil(N / plan.columns)):
         scale = pooling.norms(_matrix(weight))[1] if normalize else None
@@ -304,9 +315,8 @@ def backward(
 
     keep = kept.numel() > 0
     plan = chunk_plan(x, weight, keep)
-    memory = _Scores(x, weight, plan, keep)
-    if keep:
-        memory.memory.copy_(kept)
+    raw = _Scores(x, weight, plan, keep, kept if keep else None)
+    gradient = _Scores(x, weight, plan, False) if keep else raw
     accumulate = accumulate_dtype(x.dtype)
     one_column_range = plan.columns >= H * C
     # A map that is no matrix of positions adds to dw image by image, or on a GPU a range of copied images at a time.
@@ -315,13 +325,14 @@ def backward(
     dweight = x.new_empty(H * C, D) if need_dweight else empty
     for chunk in split(pooling, weight, plan.columns, normalize):
         dw = dweight[chunk.columns] if need_dweight else empty
-        total = dw if one_image_range or not need_dweight else dw.to(accumulate)
+        in_dw = one_image_range or not need_dweight or dw.dtype == accumulate
+        total = dw if in_dw else dw.new_empty(dw.shape, dtype=accumulate)
         for images, part in image_ranges(x, plan.images):
-            scores = memory.view(images, chunk)
+            scores, ds = raw.view(images, chunk), gradient.view(images, chunk)
             if not keep:
                 make_scores(part, chunk.rows, scores)
-            pooling.pool_backward(scores, chunk.scale, options, chunk.first, dlogits[images])
-            add_gradients(scores, part, chunk, images, dx if need_dx else None, total if need_dweight else None)
+            pooling.pool_backward(scores, chunk.scale, options, chunk.first, dlogits[images], ds)
+            add_gradients(ds, part, chunk, images, dx if need_dx else None, total if need_dweight else None)
         if need_dweight:
             through_the_norm(pooling, total, chunk)
         if total is not dw:

@@ -34,8 +34,9 @@ class Pooling(Protocol):
         options: Options,
         first: int,
         dlogits: Tensor,
+        ds: Tensor,
     ) -> None:
-        """Scores become scale ds in place, for dlogits (b, C)."""
+        """Writes scale ds, for dlogits (b, C), into `ds`: of the strides of scores, or scores itself."""
 
     def norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """The norms (n,) of the rows of weight (n, D), 1 where 0, and one over them; fp32, of fp64 fp64."""
@@ -80,10 +81,10 @@ class TritonPooling:
         self.kernels.pool(scores, scale, *options, first, pooled)
 
     def pool_backward(
-        self, scores: Tensor, scale: Tensor | None, options: Options, first: int, dlogits: Tensor
+        self, scores: Tensor, scale: Tensor | None, options: Options, first: int, dlogits: Tensor, ds: Tensor
     ) -> None:
         """As `Pooling.pool_backward`."""
-        self.kernels.pool_backward(scores, scale, *options, first, dlogits)
+        self.kernels.pool_backward(scores, scale, *options, first, dlogits, ds)
 
     def norms(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """As `Pooling.norms`."""
@@ -134,11 +135,12 @@ class ExtensionPooling:
         options: Options,
         first: int,
         dlogits: Tensor,
+        ds: Tensor,
     ) -> None:
         """As `Pooling.pool_backward`."""
         ops: Any = torch.ops.mlhead_C
-        heads = heads_on_cpu(options)
-        ops.csra_pool_scores_backward.default(scores, scale, heads, options.classes, first, options.average, dlogits)
+        place = heads_on_cpu(options), options.classes, first, options.average
+        ops.csra_pool_scores_backward.default(scores, scale, *place, dlogits, ds)
 
     @staticmethod
     def norms(weight: Tensor) -> tuple[Tensor, Tensor]:

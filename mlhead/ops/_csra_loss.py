@@ -138,7 +138,8 @@ def run(call: _Call, dout: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor
                 if need_dweight
                 else empty
             )
-            total = dw if one_image_range or not need_dweight else dw.to(call.wide)
+            in_dw = one_image_range or not need_dweight or dw.dtype == call.wide
+            total = dw if in_dw else dw.new_empty(dw.shape, dtype=call.wide)
             for part in call.parts(classes, chunk):
                 mine = None if statistics is None else statistics[part.images]
                 rows = row_loss[part.images] if statistics is None else None
@@ -151,7 +152,7 @@ def run(call: _Call, dout: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor
                 if need_dbias:
                     dbias[:, classes] += chunks.bias_gradient(dlogits, part.options, call.wide)
                 if need_dx or need_dweight:
-                    call.pooling.pool_backward(part.scores, chunk.scale, part.options, 0, dlogits)
+                    call.pooling.pool_backward(part.scores, chunk.scale, part.options, 0, dlogits, part.scores)
                     sums = dx if need_dx else None, total if need_dweight else None
                     chunks.add_gradients(part.scores, part.tokens, chunk, part.images, *sums)
             if need_dweight:

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import _backend, _check
 from .._backend import Implementation
 from ..reference import csra_pool as reference
-from ._csra_chunks import Chunked, fits_the_scratch
+from ._csra_chunks import Chunked, may_be_kept
 from ._csra_kernels import ExtensionPooling, TritonPooling
 from ._fused import FusedOp, autocast, is_autocasting
 
@@ -32,7 +32,7 @@ def _fake(
 ) -> tuple[Tensor, Tensor]:
     logits = x.new_empty(x.shape[0], weight.shape[1])
     keep = keep and _backend.resolve("csra_pool", backend, x.device, x.dtype) != "reference"
-    if not keep or not fits_the_scratch(x, weight):
+    if not keep or not may_be_kept(x, weight):
         return logits, x.new_empty(0)
     return logits, x.new_empty(x.shape[0] * x.shape[1] * weight.shape[0] * weight.shape[1])
 
@@ -168,10 +168,11 @@ def csra_pool(
         On the Triton backend temperatures and lam are constants of the kernels: each new list of them compiles anew.
 
     Memory:
-        Scores that take more than a constant (8 MiB on a CPU, 24 MiB on a GPU) never exist whole, forward or backward:
-        beyond inputs, output and gradients an op takes that constant, B C H fp32 statistics (Triton's fused forward:
-        four for each tile that an image touches), and in 16 bits, where gradients are added up in chunks, an fp32
-        copy of the smaller one. Smaller ones are kept for backward. Under
+        Scores that take more than a constant (8 MiB on a CPU, 128 MiB on a GPU) never exist whole, forward or backward:
+        beyond inputs, output and gradients an op takes a scratch (8 MiB, 24 MiB on a GPU), B C H fp32 statistics
+        (Triton's fused forward: four for each tile that an image touches), and in 16 bits, where gradients are added
+        up in chunks, an fp32 copy of the smaller one. Fewer scores are kept for backward, and there are as many
+        gradients of them. Under
         torch.func and for gradients of gradients the reference keeps all scores. Maps (B, D, height, width) are read
         where they lie; on a GPU, contiguous ones in the chunked form are copied, at most 24 MiB at a time.
 
