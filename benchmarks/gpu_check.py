@@ -4,13 +4,15 @@
 
 Builds the extension in place, runs the CUDA conformance tests while compute-sanitizer watches every kernel, then the
 benchmarks, the most important rows first. A failing part does not stop the next. It installs nothing, uses no network,
-and writes report.txt (the summary), results.jsonl and head.jsonl (benchmark rows) and a log for each part. `--dry-run`
-does all that can be done without a GPU.
+and writes report.txt (the summary), results.jsonl, head.jsonl, overhead.jsonl and end_to_end.jsonl (benchmark rows),
+pytest.log, sanitizer.log and logs.txt (the others' output). `--dry-run` does all that can be done without a GPU. Where
+the checkout has no .git, MLHEAD_COMMIT says which commit it is.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import os
 import re
@@ -32,11 +34,18 @@ from .records import op_rows
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 LARGEST_LOG = 4 << 20
+FAREWELL_S = 10.0  # for a part that is asked to end, in which pytest prints what failed
+# The files with tests of mark gpu; others would only be imported, by every worker.
+GPU_TESTS = tuple(
+    f"tests/test_{name}.py"
+    for name in ("ops", "csra_pool", "heads_tracing", "losses", "loss_ops", "optim", "overhead", "topk")
+)
 # Benchmarks with a results file of their own: what they are, their share of the time left, their options.
 OTHERS: dict[str, tuple[str, float, tuple[str, ...]]] = {
     "overhead": ("host overhead", 0.1, ("--compile", "none")),
     "end_to_end": ("end to end", 0.15, ("--backbone", "resnet50", "vit_base_patch16_224", "--seconds-each", "0.5")),
 }
+LOGS = ("machine", "build", "benchmark", "head", *OTHERS)  # one file of them is enough
 
 # Against plain torch a little of each op, then all the rest of it, then what there is time for with torch.compile.
 BENCHMARKS = {
@@ -57,6 +66,7 @@ class Part:
         until: Time of the monotonic clock at which it is stopped.
         environment: Variables that it gets beside the present ones.
         stoppable: Whether running out of time is expected of it.
+        asked: Whether it was asked to end.
     """
 
     name: str
@@ -65,6 +75,7 @@ class Part:
     until: float
     environment: dict[str, str]
     stoppable: bool = False
+    asked: bool = False
     status: str = "not reached"
     seconds: float = 0.0
     note: str = ""
@@ -92,8 +103,14 @@ def _finished(part: Part, process: subprocess.Popen, began: float) -> bool:
     late = time.monotonic() > part.until
     if process.poll() is None and not late:
         return False
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
+    if process.poll() is None and not part.asked:
+        part.asked = True
+        part.until += FAREWELL_S
+        process.send_signal(signal.SIGINT)
+        return False
+    if part.asked or process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # what it has started, too
         process.wait()
         part.status = "ran out of time"
     else:
@@ -148,7 +165,7 @@ def build_part(out: Path, until: float, scratch: Path | None) -> Part:
 
 def check_parts(out: Path, until: float, dry: bool) -> list[Part]:
     """The conformance tests, and compute-sanitizer's tools."""
-    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-q", "-p", "no:cacheprovider", "-W", "default", "tests"]
+    tests = [sys.executable, "-m", "pytest", "-m", "gpu", "-v", "-p", "no:cacheprovider", "-W", "default", *GPU_TESTS]
     tests.append("--continue-on-collection-errors")
     if dry:
         tests.append("--collect-only")
@@ -181,11 +198,12 @@ def benchmark_part(name: str, out: Path, until: float, dry: bool) -> Part:
     return Part(name, [*command, "--minutes", f"{minutes:.2f}"], out / "benchmark.log", until, {}, stoppable=True)
 
 
-def head_part(out: Path, until: float, dry: bool) -> Part:
+def head_part(out: Path, until: float, dry: bool, *options: str) -> Part:
     """The whole ML-Decoder head against the papers' and plain torch's."""
     command = [sys.executable, "-m", "benchmarks.head", "--device", "cuda", "--seconds-each", "0.5"]
-    command += ["--help"] if dry else ["--out", str(out / "head.jsonl"), "--compile", "default"]
-    return Part("benchmark of the whole head", command, out / "head.log", until, {}, stoppable=True)
+    command += ["--help"] if dry else ["--out", str(out / "head.jsonl"), *options]
+    name = " with torch.compile" if "--compile" in options else ""
+    return Part(f"benchmark of the whole head{name}", command, out / "head.log", until, {}, stoppable=True)
 
 
 def command_part(name: str, module: str, out: Path, until: float, dry: bool, *options: str) -> Part:
@@ -196,14 +214,20 @@ def command_part(name: str, module: str, out: Path, until: float, dry: bool, *op
 
 
 def gather_logs(out: Path) -> None:
-    """The sanitizers' logs as one file, and no log larger than it has to be."""
+    """The sanitizers' logs as one file, those of the smaller parts as another, and none larger than it has to be."""
+    with (out / "logs.txt").open("wb") as whole:
+        for name in LOGS:
+            log = out / f"{name}.log"
+            if log.is_file():
+                whole.write(f"==== {name}\n".encode() + log.read_bytes() + b"\n")
+                log.unlink()
     logs = sorted(out.glob("sanitizer-*.log"))
     if logs:
         with (out / "sanitizer.log").open("ab") as whole:
             for log in logs:
                 whole.write(log.read_bytes() + b"\n")
                 log.unlink()
-    for log in out.glob("*.log"):
+    for log in (*out.glob("*.log"), out / "logs.txt"):
         if log.stat().st_size > LARGEST_LOG:
             half = LARGEST_LOG // 2
             content = log.read_bytes()
@@ -251,9 +275,10 @@ def main(arguments: list[str] | None = None) -> int:
     out.mkdir(parents=True, exist_ok=True)
     for name in (
         "report.txt",
+        "logs.txt",
         "results.jsonl",
         *(f"{rows}.jsonl" for rows in ("head", *OTHERS)),
-        *(f"{log}.log" for log in ("machine", "build", "pytest", "benchmark", "head", *OTHERS)),
+        *(f"{log}.log" for log in ("pytest", *LOGS)),
     ):
         (out / name).unlink(missing_ok=True)
     for log in out.glob("sanitizer*.log"):
@@ -270,23 +295,25 @@ def main(arguments: list[str] | None = None) -> int:
         (out / "report.txt").write_text(summary(parts, out))
 
     with tempfile.TemporaryDirectory() as scratch:
-        info = Part("machine", [sys.executable, "-m", "mlhead", "info"], out / "machine.log", began + 60, {})
         if "build" not in options.skip:
             run(build_part(out, min(end, began + 240), Path(scratch) if dry else None))
-        run(info)
+        command = [sys.executable, "-m", "mlhead", "info"]
+        run(Part("machine", command, out / "machine.log", time.monotonic() + 60, {}))
         if "checks" not in options.skip:
             run(*check_parts(out, began + 0.55 * (end - began), dry))
         if "benchmarks" not in options.skip:
-            # Torch.compile takes minutes for all five workloads: a quarter of what is left, the most important first.
-            run(head_part(out, time.monotonic() + 0.25 * (end - time.monotonic()), dry))
+            run(head_part(out, time.monotonic() + 0.2 * (end - time.monotonic()), dry))
             for module, (name, share, settings) in OTHERS.items():
                 until = time.monotonic() + share * (end - time.monotonic())
                 run(command_part(name, module, out, until, dry, *settings))
             for name in list(BENCHMARKS)[: 2 if dry else None]:  # the third has no groups of its own
                 # In less than a minute no row is made.
                 run(benchmark_part(name, out, end - 5 if dry or end - time.monotonic() > 60 else 0.0, dry))
-    gather_logs(out)
+            # Torch.compile takes minutes for one workload, of which no row is written before the end.
+            compiled = ("--compile", "default", "--workload", "imagenet")
+            run(head_part(out, end - 5 if dry or end - time.monotonic() > 120 else 0.0, dry, *compiled))
     (out / "report.txt").write_text(summary(parts, out))
+    gather_logs(out)
     print((out / "report.txt").read_text())
     print(f"written to {out}: " + ", ".join(sorted(path.name for path in out.iterdir() if path.is_file())))
     return int(any(part.fell_short for part in parts))

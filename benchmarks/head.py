@@ -114,6 +114,7 @@ def flops(head: nn.Module, features: Tensor) -> dict[str, int]:
 def run(workload: str, device: str, dtype_name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     """Verifies and times one workload."""
     dtype = DTYPES[dtype_name]
+    torch._dynamo.reset()  # which counts the forms that one function was compiled in, and gives up after eight
     modules, features, dlogits = make(workload, device, dtype)
     head = modules["mlhead"]
     calls: dict[str, Callable[..., Tensor]] = dict(modules)

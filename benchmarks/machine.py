@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import platform
 import re
 import subprocess
@@ -41,10 +42,16 @@ def _cpu_name() -> str:
 
 @cache
 def commit() -> dict[str, Any]:
-    """The commit, and whether tracked files differ from it; "unknown" outside a checkout."""
+    """The commit, and whether tracked files differ from it.
+
+    Outside a checkout both come from the variable MLHEAD_COMMIT, "0123456789ab" or "0123456789ab+dirty", or are not
+    known.
+    """
     name = _output("git", "rev-parse", "--short=12", "HEAD")
     if name is None:
-        return {"commit": "unknown", "dirty": None}
+        given = os.environ.get("MLHEAD_COMMIT", "")
+        known = given.removesuffix("+dirty")[:12]
+        return {"commit": known or "unknown", "dirty": given.endswith("+dirty") if known else None}
     return {"commit": name, "dirty": bool(_output("git", "status", "--porcelain", "--untracked-files=no"))}
 
 

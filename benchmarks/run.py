@@ -102,13 +102,14 @@ def peak_mib(function: Callable[[], Any]) -> float:
 
 def host_us(function: Callable[[], Any]) -> float:
     """What the calling thread spends on one call whose work runs on the GPU meanwhile."""
-    run = function.run if isinstance(function, limits.Prepared) else lambda _: function()
-    prepared = [function.prepare() if isinstance(function, limits.Prepared) else None for _ in range(10)]
-    torch.cuda.synchronize()
-    begin = time.perf_counter()
-    while prepared:
-        run(prepared.pop())
-    spent = time.perf_counter() - begin
+    spent = 0.0
+    for _ in range(10):  # one graph at a time: ten may not fit the memory
+        prepared = function.prepare() if isinstance(function, limits.Prepared) else None
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        kept = function.run(prepared) if isinstance(function, limits.Prepared) else function()
+        spent += time.perf_counter() - begin
+        del prepared, kept
     torch.cuda.synchronize()
     return spent / 10 * 1e6
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from mlhead import _backend
+from mlhead import SparseTargets, _backend
 from mlhead.testing import CASES, OpCase, grade, oracle, plain_torch
 
 
@@ -43,7 +43,10 @@ def main(arguments: list[str] | None = None) -> int:
         exact, plain = oracle(sample), plain_torch(sample)
         try:
             moved = sample.map(lambda t: t.to(options.device))
-            others = {k: v.to(options.device) if isinstance(v, torch.Tensor) else v for k, v in sample.options.items()}
+            others = {
+                name: value.to(options.device) if isinstance(value, (torch.Tensor, SparseTargets)) else value
+                for name, value in sample.options.items()
+            }
             results = dataclasses.replace(moved, options=others).run(backend)
             problems = {name: grade(value.cpu(), exact[name], plain[name]).problem for name, value in results.items()}
             wrong = "; ".join(f"{name}: {problem}" for name, problem in problems.items() if problem)

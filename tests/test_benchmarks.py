@@ -326,11 +326,34 @@ def test_gpu_check_can_be_rehearsed(tmp_path, capsys):
         assert any(line.startswith(part) and " passed " in line for line in text.splitlines()), part
     assert "Fell short:\n  nothing" in text
     assert "tests collected" in (tmp_path / "pytest.log").read_text()
-    quick, full = (tmp_path / "benchmark.log").read_text().split("== ")[1:]
+    logs = (tmp_path / "logs.txt").read_text().partition("==== benchmark\n")[2].partition("\n==== ")[0]
+    quick, full = logs.split("== ")[1:]
     assert "group_fc_loss million bf16" in quick
     assert "group_fc 3-million" not in quick
     assert "group_fc 3-million fp16" in full
     assert len(list(tmp_path.iterdir())) <= 8
+
+
+def test_gpu_check_runs_every_file_with_gpu_tests():
+    root = machine.ROOT
+    marked = {f"tests/{path.name}" for path in (root / "tests").glob("test_*.py") if "mark.gpu" in path.read_text()}
+    marked -= {"tests/test_benchmarks.py"}  # which names the mark here
+    assert set(gpu_check.GPU_TESTS) == marked | {"tests/test_ops.py"}  # whose marks are made in op_matrix.py
+
+
+def test_gpu_check_asks_before_it_kills(tmp_path, monkeypatch):
+    program = "import time\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('3 failed')"
+    part = gpu_check.Part("tests", [sys.executable, "-c", program], tmp_path / "a.log", time.monotonic() + 5.5, {})
+    gpu_check.run_together([part])
+    assert (part.status, part.note) == ("ran out of time", "3 failed")
+
+
+def test_the_commit_is_known_without_a_checkout(monkeypatch):
+    monkeypatch.setattr(machine, "_output", lambda *_: None)
+    find = machine.commit.__wrapped__
+    assert find() == {"commit": "unknown", "dirty": None}
+    monkeypatch.setenv("MLHEAD_COMMIT", "0123456789abcdef+dirty")
+    assert find() == {"commit": "0123456789ab", "dirty": True}
 
 
 def test_gpu_check_goes_on_past_a_failing_part(tmp_path, monkeypatch):

@@ -622,9 +622,10 @@ def test_memory_on_a_gpu(cls: Any) -> None:
         mlhead.linear_loss(x, weight, None, targets, update=update).backward()
         update.step()
 
-    step()
+    step()  # after which the libraries have their workspaces
     torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() < 1.15 * weight.numel() * 2 + (32 << 20)
+    assert torch.cuda.max_memory_allocated() - before < 0.15 * weight.numel() * 2
