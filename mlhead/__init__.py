@@ -1,6 +1,8 @@
 """mlhead: fused classification heads for PyTorch."""
 
+from importlib import import_module as _import_module
 from pathlib import Path as _Path
+from typing import Any as _Any
 
 # `kernels/` stands beside this package in a checkout and inside it once installed. From an uninstalled checkout,
 # its parent joins the search path of this package, so that `mlhead.kernels` is the same module everywhere.
@@ -42,6 +44,14 @@ from .ops import (  # noqa: E402
 )
 from .pretrained import head_from_public, load_public, public_state_dict  # noqa: E402
 
+
+def __getattr__(name: str) -> _Any:
+    """`mlhead.metrics` and `mlhead.parallel` without an import of their own, loaded when first used."""
+    if name in ("metrics", "parallel"):
+        return _import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 __version__ = "0.1.0"
 __all__ = [
     "BackendError",
@@ -71,7 +81,9 @@ __all__ = [
     "linear_topk",
     "load_public",
     "losses",
+    "metrics",
     "optim",
+    "parallel",
     "plain_max_score",
     "public_state_dict",
     "query_attention",

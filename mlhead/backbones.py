@@ -122,7 +122,7 @@ def attach_head(
             `num_features` = D (and `output_fmt = "NHWC"` for maps (B, H, W, D), `num_prefix_tokens` for tokens that
             stand for no position). It is taken over: its classifier, and what only the classifier used, are removed
             from it.
-        head: "gap", "csra", "ml_decoder" or "transformer_decoder"; or a class called as
+        head: "gap", "csra", "ml_decoder", "zero_shot" or "transformer_decoder"; or a class called as
             `head(in_features, num_classes, device=..., dtype=..., **head_options)`; or a module, used as it is and
             moved to the model's device and dtype.
         num_classes: C.

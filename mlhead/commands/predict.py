@@ -19,7 +19,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("--checkpoint", help="the checkpoint, if it is not the first of the paths")
     parser.add_argument("--out", default="runs/predict", help="folder for the pictures (default: runs/predict)")
     parser.add_argument("--top", type=number(int), default=5, help="most classes per image (default: 5)")
-    parser.add_argument("--threshold", type=number(float), default=0.5, help="least probability (default: 0.5)")
+    shown = "lowest probability that is shown; the best class always is (default: 0.5)"
+    parser.add_argument("--threshold", type=number(float), default=0.5, help=shown)
     add_weights(parser)
     add_device(parser)
 

@@ -25,14 +25,14 @@ class LossOptions(TypedDict, total=False):
     """The keywords of `group_fc_loss`, `csra_loss` and `linear_loss`.
 
     Args:
-        loss: "bce", "asl" or "softmax"; `mlhead.losses` has their formulas.
-        reduction: "mean", over B * C (softmax: over B) whatever the weights and `ignore`; or "sum".
+        loss: "bce" (the default), "asl" or "softmax"; `mlhead.losses` has their formulas.
+        reduction: "mean" (the default), over B * C (softmax: over B) whatever the weights and `ignore`; or "sum".
         class_weight: (C), multiplies the loss of a class; with softmax the term of the target's class.
         pos_weight: (C), what a positive of a class counts in "bce".
         sample_weight: (B), multiplies the loss of an image.
         ignore: Elements whose label is unknown, which have neither loss nor gradient: a bool mask (B, C) beside dense
             targets, `SparseTargets` beside sparse ones. Not for "softmax".
-        label_smoothing: s in [0, 1), not for "asl".
+        label_smoothing: s in [0, 1), 0 by default, not for "asl".
         gamma_neg: Of "asl", 4 by default.
         gamma_pos: Of "asl", 0 by default.
         margin: Of "asl", 0.05 by default.

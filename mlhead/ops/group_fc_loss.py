@@ -86,9 +86,9 @@ def group_fc_loss(
         Products in the dtype of h with fp32 sums, logits rounded to that dtype, the loss in fp32. Deterministic.
 
     Memory:
-        Beyond inputs and gradients a constant (on a CPU 2 MiB of logits at a time, on a GPU 24 MiB; the reference a few
-        times that) and B numbers; where a group's classes are not all in one block, an fp32 sum of dh's size. Under
-        torch.func and for gradients of gradients the reference keeps all logits.
+        Beyond inputs and gradients a constant (on a CPU 2 MiB a thread and at most 16 MiB, on a GPU 48 MiB; the
+        reference a few times that) and B numbers; where a group's classes are not all in one block, an fp32 sum of
+        dh's size. Under torch.func and for gradients of gradients the reference keeps all logits.
 
     Source:
         ML-Decoder, Eq. 3 and section 2.3; ASL, Eq. 7. The gradients are made in the forward pass, see docs/loss.md.

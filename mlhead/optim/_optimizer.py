@@ -41,7 +41,7 @@ class ClassOptimizer(Optimizer):
         * One product more: forward computes the loss alone, and backward the logits again, 4 products instead of 3
           (with softmax 5 instead of 4).
         * Data parallelism: nothing averages the gradients of several processes, whose copies of the weight would drift
-          apart. The classes may be shared out among processes.
+          apart. Heads sharded by `parallelize_head` are not supported.
         * torch.compile runs forward and backward of the loss as it would without compiling (a graph break).
 
     Under autocast, where weight and features have different dtypes, forward makes a whole copy of the weight in
