@@ -34,6 +34,8 @@ from .csra_pool_fused import forward_design, fused_forward
 
 __all__ = ["forward_design", "fused_forward", "norms", "pool", "pool_backward", "unit_rows_backward"]
 
+MOST_REGISTERS = 128  # of a pooling thread: unbounded, ptxas spills to fit one more program into a multiprocessor
+
 
 @dataclass(frozen=True)
 class PoolTile:
@@ -128,15 +130,16 @@ def csra_pool_scores_backward_kernel(
     """One program handles BLOCK_N columns of one image: writes scale ds, in the strides of the scores, or over them."""
     b, offs_n, mask_n, h, sharp, scale = _columns(scale_ptr, N, C, first_column, HEADS, SHARPNESS, HAS_SCALE, BLOCK_N)
     scores_ptr += b * scores_stride_b
+    ds_ptr += b * scores_stride_b
     m, first, z, w, _ = _facts(scores_ptr, L, scores_stride_l, offs_n, mask_n, scale, sharp, BLOCK_L, BLOCK_N)
 
     offs_c = (first_column + offs_n) % C
     dlogits_ptrs = dlogits_ptr + b * dlogits_stride_b + offs_c * dlogits_stride_c
     d = tl.load(dlogits_ptrs, mask=mask_n, other=0.0).to(tl.float32)
     is_infinite = of_head(INFINITE, h, HEADS) != 0
-    even = d * (average / L)
     z = tl.where(mask_n, z, 1.0)
-    focus = d * of_head(LAM, h, HEADS) / tl.where(is_infinite, 1.0, z)
+    even = d * (average / L) * scale
+    focus = d * of_head(LAM, h, HEADS) / tl.where(is_infinite, 1.0, z) * scale
     attended = w / z
     T = sharp * 0.6931471805599453
     for start_l in range(0, L, BLOCK_L):
@@ -144,8 +147,8 @@ def csra_pool_scores_backward_kernel(
         below = s - m[None, :]
         soft = tl.exp2(below * sharp[None, :]) * (1.0 + T[None, :] * (below - attended[None, :]))
         hard = tl.where(offs_l[:, None] == first[None, :], 1.0, 0.0)
-        ds = (even[None, :] + focus[None, :] * tl.where(is_infinite[None, :], hard, soft)) * scale[None, :]
-        ds_ptrs = ds_ptr + b * scores_stride_b + offs_l.to(tl.int64)[:, None] * scores_stride_l + offs_n[None, :]
+        ds = even[None, :] + focus[None, :] * tl.where(is_infinite[None, :], hard, soft)
+        ds_ptrs = ds_ptr + offs_l.to(tl.int64)[:, None] * scores_stride_l + offs_n[None, :]
         tl.store(ds_ptrs, ds.to(ds_ptr.dtype.element_ty), mask=mask)
 
 
@@ -209,7 +212,7 @@ def _launch(
             scores_ptr=scores, scale_ptr=scores if scale is None else scale, L=L, N=N, C=classes, first_column=first,
             average=average, scores_stride_b=scores.stride(0), scores_stride_l=scores.stride(1), HEADS=len(lam),
             SHARPNESS=sharpness(temperatures), INFINITE=infinite(temperatures), LAM=lam, HAS_SCALE=scale is not None,
-            **others, **tile.as_kwargs(),
+            maxnreg=MOST_REGISTERS, **others, **tile.as_kwargs(),
         )  # fmt: skip
 
 

@@ -13,7 +13,8 @@ from peak import printed_by
 from torch import Tensor, nn
 
 import mlhead
-from mlhead import _backend, optim
+from mlhead import _backend
+from mlhead.ops._loss_update import grouped
 from mlhead.optim import ClassAdafactor, ClassAdamW, ClassOptimizer, ClassSGD
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -165,7 +166,7 @@ def test_arithmetic_in_fp32(case: str, form: str) -> None:
     for step in range(5):
         gradient = torch.randn(head.weight.shape, generator=torch.Generator().manual_seed(step)).to(DEVICE)
         run = update.begin_update(head.weight, C, torch.float32)
-        seen = optim.grouped(gradient)
+        seen = grouped(gradient)
         for block in run.blocks:
             place = run.place(block)
             place.copy_(seen[block.groups, :, block.columns])
@@ -196,7 +197,7 @@ def drive(update: ClassOptimizer, weight: nn.Parameter, gradient: Tensor) -> Non
     """A step with a given gradient of a weight (C, D)."""
     run = update.begin_update(weight, weight.shape[0], gradient.dtype)
     for block in run.blocks:
-        run.place(block).copy_(optim.grouped(gradient)[block.groups, :, block.columns])
+        run.place(block).copy_(grouped(gradient)[block.groups, :, block.columns])
         run.done(block, run.place(block))
     update.step()
 
