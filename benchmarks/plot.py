@@ -103,9 +103,14 @@ def _providers(panel: Panel) -> list[str]:
 
 
 def _dress(axis: Any, title: str, panel: Panel, unit: str, log: bool, legend: bool) -> None:
+    from matplotlib.ticker import LogFormatter
+
     if log:
         axis.set_yscale("log")
         axis.yaxis.set_major_formatter(lambda value, _: f"{value:g}")
+        # Numbers between the powers of ten only where there are not two of these.
+        axis.yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1, 0.5)))
+        axis.tick_params(axis="y", which="minor", labelsize=8)
     axis.set_xticks(range(len(panel)), list(panel), fontsize=8)
     axis.set_title(title, fontsize=9, loc="left")
     axis.set_ylabel(unit, fontsize=8)

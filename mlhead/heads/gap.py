@@ -31,6 +31,9 @@ class GAPHead(Head):
         dtype: Of the parameters.
 
     State dict: `fc.weight` (C, D), `fc.bias` (C).
+
+    Raises:
+        ValueError: A width, number of classes, rate or prior does not fit; the message names it.
     """
 
     def __init__(

@@ -153,13 +153,11 @@ class FusedOp:
             return self.forward_op(*inputs, choice)
         if is_transformed():
             return self._run_transformed(inputs, choice)
-        return self._eager(tensors, *inputs, choice) if is_plain_eager(tensors) else self.forward_op(*inputs, choice)
-
-    def _eager(self, tensors: Sequence[Tensor | None], *args: Any) -> Any:
-        """A call of plain tensors, past the dispatcher."""
-        if _needs_gradient(tensors):
-            return self._function.apply(self, self._run, self._run_backward, *args)
-        return self._run(*args)
+        if is_plain_eager(tensors):
+            if not _needs_gradient(tensors):
+                return self._run(*inputs, choice)
+            return self._function.apply(self, self._run, self._run_backward, *inputs, choice)
+        return self.forward_op(*inputs, choice)
 
     def _run_transformed(self, inputs: tuple[Any, ...], choice: str) -> Any:
         if choice not in ("auto", "reference"):
@@ -225,8 +223,8 @@ class FusedOp:
     def _autograd(self, *args: Any) -> Any:
         tensors = [args[i] for i in self._tensors]
         # As in what torch.compile has made, where a second way through the dispatcher would cost as much as the kernel.
-        if is_plain_eager(tensors) and not is_transformed():
-            return self._eager(tensors, *args)
+        if is_plain_eager(tensors) and not is_transformed() and not _needs_gradient(tensors):
+            return self._run(*args)
 
         def run(*args: Any) -> Any:
             with torch._C._AutoDispatchBelowAutograd():

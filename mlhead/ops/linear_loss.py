@@ -53,6 +53,9 @@ def linear_loss(
 
     Numerics and memory:
         As for `group_fc_loss`, of which this is one group of C classes.
+
+    Source:
+        The last layer of a GAP head with its loss: ASL, Eq. 7; softmax as in fused linear cross-entropy.
     """
     where, parameter = "linear_loss", weight
     if is_autocasting(x.device.type):

@@ -178,6 +178,10 @@ def query_attention_weights(q: Tensor, k: Tensor, num_heads: int, *, key_mask: T
 
     Raises:
         ValueError: A shape or num_heads does not fit.
+        TypeError: q is no floating tensor, or the dtypes differ.
+
+    Source:
+        ML-Decoder, Fig. 3: the weights of its cross-attention, as `nn.MultiheadAttention` averages it.
     """
     _check.check_tensor("query_attention_weights", "q", q)
     if is_autocasting(q.device.type):

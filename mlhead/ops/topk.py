@@ -205,6 +205,9 @@ def group_fc_select(
 
     Numerics:
         Plain torch: products of the dtype of h, whose sums are fp32 for 16 bits, on every device torch runs on.
+
+    Source:
+        ML-Decoder, Eq. 3, of some of its classes.
     """
     where = "group_fc_select"
     device_type = h.device.type if isinstance(h, Tensor) else "cpu"

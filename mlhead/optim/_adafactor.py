@@ -31,7 +31,13 @@ class ClassAdafactor(ClassOptimizer):
         eps: The least root mean square of a gradient, None for 1.2e-7 (fp64: 2.2e-16); and the least one of a weight.
         d: The largest root mean square of an update, before the step.
         weight_decay: Decoupled.
-        rounding, state_dtype, seed, block_numbers: As for `ClassOptimizer`.
+        rounding, state_dtype, seed, block_numbers: As for `ClassOptimizer`; its states are wide whatever `state_dtype`.
+
+    Raises:
+        ValueError: An option or the shape of a parameter does not fit; the message names it.
+
+    Source:
+        Shazeer and Stern, Adafactor (2018), without momentum, as `torch.optim.Adafactor`.
     """
 
     def __init__(

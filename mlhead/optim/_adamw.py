@@ -24,6 +24,12 @@ class ClassAdamW(ClassOptimizer):
         eps: Added to the root of the second moment.
         weight_decay: Decoupled.
         rounding, state_dtype, seed, block_numbers: As for `ClassOptimizer`.
+
+    Raises:
+        ValueError: An option or the shape of a parameter does not fit; the message names it.
+
+    Source:
+        Loshchilov and Hutter, Decoupled weight decay regularization (2019).
     """
 
     def __init__(

@@ -24,6 +24,9 @@ class ClassSGD(ClassOptimizer):
         weight_decay: Added to the gradient, times the weight.
         nesterov: Nesterov's momentum.
         rounding, state_dtype, seed, block_numbers: As for `ClassOptimizer`.
+
+    Raises:
+        ValueError: An option or the shape of a parameter does not fit; the message names it.
     """
 
     def __init__(
