@@ -24,6 +24,7 @@ from mlhead._progress import duration
 from mlhead.testing import CASES
 
 from . import machine
+from .peaks import QUICK_RETURN
 from .records import Row, append_rows
 
 PROVIDERS = ("mlhead: cpp", "mlhead: reference", "torch: bmm")
@@ -77,11 +78,9 @@ print(json.dumps(step(a["classes"])))
 
 def measure(settings: dict) -> tuple[float, list[float]]:
     """MiB beyond inputs, weight and its gradient; and the seconds of further steps."""
-    # What is freed goes back to the system at once, so that what is resident is alive.
-    quick_return = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
     run = subprocess.run(
         [sys.executable, "-c", _STEP, json.dumps(settings)],
-        capture_output=True, text=True, env={**os.environ, **quick_return},
+        capture_output=True, text=True, env={**os.environ, **QUICK_RETURN},
     )  # fmt: skip
     if run.returncode:
         raise RuntimeError(run.stderr.strip().splitlines()[-1])

@@ -26,6 +26,7 @@ from .cost.devices import ASSUMED, DEVICES, H200_BANDWIDTH, Device, total
 from .cost.launches import passes
 from .cost.products import Problem
 from .cost.sites import OPS, SITES, Config, Picker, Site, fits, space
+from .plan import parse_dims
 from .records import Row, read_rows
 
 PASSES = ("forward", "backward", "both")
@@ -267,6 +268,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dtype", choices=ELEMENT_BYTES, default="bf16")
     add("--tf32", action="store_true", help="fp32 products in TF32")
     add("--top", type=int, default=5, help="configurations to print")
+    add("--dims", type=parse_dims, help="one workload of your own, e.g. B=64,G=100,E=768,C=9605; needs --op")
     add("--eager", action="store_true", help=f"beside plain PyTorch: {', '.join(eager.INPUTS)}")
     add("--against", type=Path, nargs="+", metavar="FILE", help="results files with measured rows")
     return result
@@ -279,12 +281,14 @@ def main(arguments: list[str] | None = None) -> int:
     if options.against:
         print(against([row for path in options.against for row in read_rows(path)]))
         return 0
+    if options.dims and not options.op:
+        cli.error("--dims needs --op")
     some = False
     for target in options.target or ["sm_90"]:
         device = DEVICES[target]
         print(f"{device.name}, {options.dtype}: modelled from published peaks and assumed shares {ASSUMED}\n")
         for op in options.op or OPS:
-            for name, dims in CASES[op].workloads.items():
+            for name, dims in ({"custom": options.dims} if options.dims else CASES[op].workloads).items():
                 if options.workload and name not in options.workload:
                     continue
                 p = Problem(dims, ELEMENT_BYTES[options.dtype], device, options.tf32)

@@ -91,6 +91,11 @@ def elements(case: OpCase, dims: Mapping[str, Any]) -> int:
     return case.bytes(dims, 1)["forward"]
 
 
+def parse_dims(text: str) -> dict[str, int]:
+    """Sizes from text such as "B=64,G=100"."""
+    return {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
+
+
 def shrink(
     case: OpCase, dims: Mapping[str, Any], most_elements: int, most_flops: float | None = None
 ) -> tuple[dict[str, Any], dict[str, int]]:

@@ -35,7 +35,7 @@ from mlhead.testing import CASES, Sample
 from . import limits, machine, report
 from .baselines import ARRANGED, baselines
 from .peaks import in_process as peaks_of
-from .plan import DTYPES, VERIFIED_ELEMENTS, Group, elements, groups, shrink
+from .plan import DTYPES, VERIFIED_ELEMENTS, Group, elements, groups, parse_dims, shrink
 from .records import Row, append_rows, op_rows
 from .verify import Provider, Verdict, agree, attempt, calls, verify
 
@@ -229,10 +229,6 @@ def progress(total: int) -> Iterator[Callable[[str | None], None]]:
     yield say
 
 
-def _dims(text: str) -> dict[str, int]:
-    return {name: int(value) for name, value in (part.split("=") for part in text.split(","))}
-
-
 def parser() -> argparse.ArgumentParser:
     """The command line."""
     result = argparse.ArgumentParser(prog="python -m benchmarks.run", description=__doc__.splitlines()[0])
@@ -241,7 +237,7 @@ def parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="few workloads, few repeats")
     add("--op", action="append", choices=list(CASES), help="default: all")
     add("--workload", action="append", help="default: all")
-    add("--dims", type=_dims, help="one workload of your own, e.g. B=64,G=100,E=768,C=9605; needs --op")
+    add("--dims", type=parse_dims, help="one workload of your own, e.g. B=64,G=100,E=768,C=9605; needs --op")
     add("--dtype", action="append", choices=list(DTYPES), help="default: fp32 on a CPU; bf16, fp32, fp16 on a GPU")
     add("--backend", action="append", choices=_backend.BACKENDS, help="default: all that run here")
     add("--compile", action="append", choices=("none", "default", "max-autotune"), help="default: default on a GPU")

@@ -341,7 +341,7 @@ def test_gpu_check_runs_every_file_with_gpu_tests():
     assert set(gpu_check.GPU_TESTS) == marked | {"tests/test_ops.py"}  # whose marks are made in op_matrix.py
 
 
-def test_gpu_check_asks_before_it_kills(tmp_path, monkeypatch):
+def test_gpu_check_asks_before_it_kills(tmp_path):
     program = "import time\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('3 failed')"
     part = gpu_check.Part("tests", [sys.executable, "-c", program], tmp_path / "a.log", time.monotonic() + 9.0, {})
     gpu_check.run_together([part])

@@ -130,8 +130,11 @@ def test_plain_torch_is_counted_op_by_op():
 def test_what_is_beside_the_op_is_printed(capsys):
     assert model.main(["--eager", "--op", "csra_pool", "--workload", "coco"]) == 0
     assert "csra_pool coco both: mlhead" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        model.main(["--eager", "--op", "relu_dropout"])
+    assert model.main(["--eager", "--op", "csra_pool", "--dims", "B=2,L=9,D=8,H=2,C=5"]) == 0
+    assert "csra_pool custom both: mlhead" in capsys.readouterr().out
+    for arguments in (["--eager", "--op", "relu_dropout"], ["--dims", "B=2"]):
+        with pytest.raises(SystemExit):
+            model.main(arguments)
 
 
 @pytest.mark.parametrize("heads", [1, 6])

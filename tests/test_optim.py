@@ -614,6 +614,7 @@ def test_memory(kind: str, backend: str) -> None:
 @pytest.mark.parametrize("cls", [ClassSGD, ClassAdafactor])
 def test_memory_on_a_gpu(cls: Any) -> None:
     """Weights and all else within 1.15 times the weights, for a million classes."""
+    before = torch.cuda.memory_allocated()  # what other tests have left, the libraries' workspaces too
     weight = nn.Parameter(torch.empty(1_000_000, 256, device="cuda", dtype=torch.bfloat16).normal_())
     update = cls([weight], rounding="stochastic")
     x, y = torch.randn(8, 256, device="cuda", dtype=torch.bfloat16), torch.arange(8, device="cuda")
@@ -623,10 +624,9 @@ def test_memory_on_a_gpu(cls: Any) -> None:
         mlhead.linear_loss(x, weight, None, targets, update=update).backward()
         update.step()
 
-    step()  # after which the libraries have their workspaces
+    step()
     torch.cuda.synchronize()
-    before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
     step()
     torch.cuda.synchronize()
-    assert torch.cuda.max_memory_allocated() - before < 0.15 * weight.numel() * 2
+    assert torch.cuda.max_memory_allocated() - before < 1.15 * weight.numel() * 2 + (32 << 20)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,32 +18,34 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from mlhead.testing import CASES
+
 from ..baselines import BASELINES
-from .devices import Resources, Work
-from .products import KEPT_BYTES, Problem, vendor_product
+from .devices import Work
+from .products import KEPT_BYTES, Problem, torch_pass, vendor_product
 
 DTYPES = {2: torch.bfloat16, 4: torch.float32}
-TEMPERATURES = {1: (1.0,), 6: (1.0, 2.0, 3.0, 4.0, 5.0, math.inf), 8: (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, math.inf)}
 
 
-def _group_fc(p: Problem) -> tuple[dict[str, Tensor], dict[str, Any], tuple[int, ...]]:
+Shape = tuple[int, ...]
+Inputs = tuple[dict[str, Shape], dict[str, Any], Shape]  # shapes of the tensors, options, shape of the result
+
+
+def _group_fc(p: Problem) -> Inputs:
     G, E, C = p["G"], p["E"], p["C"]
     shapes = {"h": (p["B"], G, E), "weight": (G, E, math.ceil(C / G)), "bias": (C,)}
-    return {name: torch.empty(shape) for name, shape in shapes.items()}, {"num_classes": C}, (p["B"], C)
+    return shapes, {"num_classes": C}, (p["B"], C)
 
 
-def _csra_pool(p: Problem) -> tuple[dict[str, Tensor], dict[str, Any], tuple[int, ...]]:
+def _csra_pool(p: Problem) -> Inputs:
     B, L, D, H, C = (p[letter] for letter in "BLDHC")
     height = max(n for n in range(1, math.isqrt(L) + 1) if L % n == 0)
-    tensors = {"x": torch.empty(B, D, height, L // height), "weight": torch.empty(H, C, D)}
-    options = {"bias": None, "temperatures": TEMPERATURES[H], "lam": 0.3, "normalize": True, "average": 1.0}
-    return tensors, options, (B, C)
+    shapes: dict[str, Shape] = {"x": (B, D, height, L // height), "weight": (H, C, D)}
+    one = CASES["csra_pool"].make({"B": 1, "L": 1, "D": 1, "H": H, "C": 1}, torch.float32, "cpu", 0)
+    return shapes, {"bias": None, **one.options}, (B, C)
 
 
-INPUTS: Mapping[str, Callable[[Problem], tuple[dict[str, Tensor], dict[str, Any], tuple[int, ...]]]] = {
-    "group_fc": _group_fc,
-    "csra_pool": _csra_pool,
-}
+INPUTS: Mapping[str, Callable[[Problem], Inputs]] = {"group_fc": _group_fc, "csra_pool": _csra_pool}
 
 
 class _Counter(TorchDispatchMode):
@@ -95,10 +98,9 @@ def _bytes(tensor: Tensor) -> int:
 
 
 def _pass(name: str, bytes_of: list[int]) -> Work:
-    moved = float(sum(bytes_of))
-    programs = max(1, math.ceil(moved / 16384))
+    """A pass whose smaller tensors are in L2."""
     memory = float(sum(size for size in bytes_of if size > KEPT_BYTES))
-    return Work(name, "", programs, 4, Resources(32, 0), memory, moved / programs)
+    return replace(torch_pass(name, float(sum(bytes_of))), dram=memory)
 
 
 def plain(op: str) -> tuple[str, ...]:
@@ -109,14 +111,11 @@ def plain(op: str) -> tuple[str, ...]:
 def eager(op: str, baseline: str, p: Problem) -> dict[str, list[Work]]:
     """The kernels of a baseline's passes."""
     function = BASELINES[op][baseline]
+    shapes, options, out_shape = INPUTS[op](p)
+    dtype = DTYPES[p.element_bytes]
     with FakeTensorMode():
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(DTYPES[p.element_bytes])
-        try:
-            tensors, options, shape = INPUTS[op](p)
-            dout = torch.empty(shape)
-        finally:
-            torch.set_default_dtype(before)
+        tensors = {name: torch.empty(shape, dtype=dtype) for name, shape in shapes.items()}
+        dout = torch.empty(out_shape, dtype=dtype)
         with torch.no_grad(), _Counter(p) as forward:
             function(**tensors, **options)
         leaves = {name: tensor.requires_grad_() for name, tensor in tensors.items()}

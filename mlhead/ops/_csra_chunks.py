@@ -54,8 +54,8 @@ class Machine:
 MACHINES = {
     # Rate and bandwidth of two cores of an AMD EPYC, as `make bench` measured them; the rest is assumed.
     "cpu": Machine(8 << 20, 8 << 20, 170e9, 25e9, 20e-6, 24),
-    # Assumed for an H100 (its L2 holds 50 MB); not yet measured on a GPU. Keeping more than L2 holds costs more passes
-    # through memory, by the model of benchmarks/cost half of what the product that it spares does.
+    # Assumed for an H100 (its L2 holds 50 MB); not yet measured on a GPU. By the model of benchmarks/cost keeping the
+    # scores for backward pays at openimages with L = 196, 460 MiB, too: how much memory it is worth is a choice.
     "cuda": Machine(24 << 20, 128 << 20, 700e12, 3.0e12, 15e-6, 96),
 }
 
