@@ -143,6 +143,18 @@ def test_chunks_fit_the_scratch() -> None:
     assert plan_chunks(3, 10**7, 8, 5, 4, 3, machine) == (1, 1)
 
 
+def test_chunks_of_a_gpu_are_larger_where_gradients_are_added_up() -> None:
+    machine = chunks.MACHINES["cuda"]
+    B, L, D, N = 128, 196, 2048, 9605
+    pools, adds = (plan_chunks(B, L, D, N, 2, B, m) for m in (machine.for_pooling(), machine))
+    assert pools.images * L * pools.columns * 2 <= machine.cache_bytes
+    assert machine.cache_bytes < adds.images * L * adds.columns * 2 <= machine.scratch_bytes
+    # Few columns and many images of few features: nothing is gained by leaving the cache.
+    assert plan_chunks(4096, 49, 64, 80, 2, 4096, machine) == plan_chunks(
+        4096, 49, 64, 80, 2, 4096, machine.for_pooling()
+    )
+
+
 @pytest.mark.skipif("triton" not in BACKENDS, reason="needs Triton")
 def test_tiles_waste_little_and_count_their_images() -> None:
     from mlhead.kernels import csra_pool_fused as kernels

@@ -59,8 +59,9 @@ def _csra(p: Problem, pick: Picker) -> Passes:
     device = kernel_device(p.device)
     kept = B * L * N * eb <= machine.kept_bytes
     plan = _csra_chunks.plan_chunks(B, L, D, N, eb, B, machine)
+    alone = _csra_chunks.plan_chunks(B, L, D, N, eb, B, machine.for_pooling())
     whole = _csra_chunks.Plan(B, N)
-    count = math.ceil(B / plan.images) * math.ceil(N / plan.columns)
+    count = math.ceil(B / alone.images) * math.ceil(N / alone.columns)
     norms = [products.torch_pass("norms", float(eb * N * D))]
     logits = [products.torch_pass("logits", (4.0 + eb) * B * N)]
     forward: list[Work]
@@ -69,7 +70,7 @@ def _csra(p: Problem, pick: Picker) -> Passes:
         tile = pick("csra_pool_fused.fused_tile", N, eb, device)
         forward = [products.csra_fused(p, tile), products.csra_merge(p, tile.BLOCK_R)]
     else:
-        forward = [work for chunk in _chunks(plan, B, N) for work in _pooled(p, pick, *chunk, False)] + logits
+        forward = [work for chunk in _chunks(alone, B, N) for work in _pooled(p, pick, *chunk, False)] + logits
     backward: list[Work] = []
     for b, n, times in _chunks(whole if kept else plan, B, N):
         product, pooled = _pooled(p, pick, b, n, times, True)

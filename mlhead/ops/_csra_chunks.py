@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -35,7 +35,8 @@ class Machine:
     """What the sizes of chunks are chosen by.
 
     Args:
-        scratch_bytes: Size of the scores of a chunk.
+        cache_bytes: Scores of a chunk up to this many bytes stay in the cache between the kernels.
+        scratch_bytes: The most bytes of the scores of a chunk.
         kept_bytes: The most bytes of all scores that are kept for backward.
         flops: Rate of a large matrix product.
         bandwidth: Bytes per second from memory.
@@ -43,6 +44,7 @@ class Machine:
         half: Rows or columns at which a product reaches half of its rate.
     """
 
+    cache_bytes: int
     scratch_bytes: int
     kept_bytes: int
     flops: float
@@ -50,13 +52,17 @@ class Machine:
     launch_s: float
     half: int
 
+    def for_pooling(self) -> Machine:
+        """With chunks that stay in the cache."""
+        return replace(self, scratch_bytes=self.cache_bytes)
+
 
 MACHINES = {
     # Rate and bandwidth of two cores of an AMD EPYC, as `make bench` measured them; the rest is assumed.
-    "cpu": Machine(8 << 20, 8 << 20, 170e9, 25e9, 20e-6, 24),
+    "cpu": Machine(8 << 20, 8 << 20, 8 << 20, 170e9, 25e9, 20e-6, 24),
     # Assumed for an H100 (its L2 holds 50 MB); not yet measured on a GPU. By the model of benchmarks/cost keeping the
     # scores for backward pays at openimages with L = 196, 460 MiB, too: how much memory it is worth is a choice.
-    "cuda": Machine(24 << 20, 128 << 20, 700e12, 3.0e12, 15e-6, 96),
+    "cuda": Machine(24 << 20, 128 << 20, 128 << 20, 700e12, 3.0e12, 15e-6, 96),
 }
 
 
@@ -83,15 +89,18 @@ def plan_chunks(B: int, L: int, D: int, N: int, element_bytes: int, most_images:
         # Read by three products; what is added to is read and written in fp32.
         traffic = 3 * (x * ranges_n + weight * ranges_b)
         traffic += 8 * B * L * D * (ranges_n if ranges_n > 1 else 0) + 8 * N * D * (ranges_b if ranges_b > 1 else 0)
+        if plan.images * L * plan.columns * element_bytes > machine.cache_bytes:
+            traffic += 2 * B * L * N * element_bytes  # of the kernel that pools; the products hide theirs
         return 6 * B * L * N * D / rate + traffic / machine.bandwidth + machine.launch_s * ranges_n * ranges_b
 
-    most = machine.scratch_bytes // element_bytes
     found = []
-    for parts in sorted({*range(1, 33), *(round(32 * 1.25**i) for i in range(64))}):
-        columns = math.ceil(N / parts)
-        images = max(1, min(B, most_images, most // (L * columns)))
-        if images * L * columns <= most or columns == 1:
-            found.append(Plan(math.ceil(B / math.ceil(B / images)), columns))
+    for scratch in (min(machine.cache_bytes, machine.scratch_bytes), machine.scratch_bytes):
+        most = scratch // element_bytes
+        for parts in sorted({*range(1, 33), *(round(32 * 1.25**i) for i in range(64))}):
+            columns = math.ceil(N / parts)
+            images = max(1, min(B, most_images, most // (L * columns)))
+            if images * L * columns <= most or columns == 1:
+                found.append(Plan(math.ceil(B / math.ceil(B / images)), columns))
     # A single image's single column may be larger than the scratch: then that is the chunk.
     return min(found or [Plan(1, 1)], key=seconds)
 
@@ -204,10 +213,12 @@ def may_be_kept(x: Tensor, weight: Tensor) -> bool:
     return _score_bytes(x, weight) <= _machine(x).kept_bytes
 
 
-def chunk_plan(x: Tensor, weight: Tensor, keep: bool) -> Plan:
-    """The sizes of the chunks; all columns at once where the scores are kept."""
+def chunk_plan(x: Tensor, weight: Tensor, keep: bool, pools_only: bool = False) -> Plan:
+    """The sizes of the chunks; all columns at once where the scores are kept. What `pools_only`, and adds to no
+    gradient, gains nothing by chunks larger than the cache.
+    """
     (B, L, D), (H, C, _) = x.shape, weight.shape
-    machine = _machine(x)
+    machine = _machine(x).for_pooling() if pools_only else _machine(x)
     most_images = B
     if x.device.type == "cuda" and not is_matrix(x):
         most_images = min(B, max(1, machine.scratch_bytes // max(1, L * D * x.element_size())))
@@ -257,7 +268,7 @@ def forward(
     if B == 0 or N == 0:
         return x.new_zeros(B, weight.shape[1]), x.new_empty(0)
     keep = keep and may_be_kept(x, weight)
-    plan = chunk_plan(x, weight, keep)
+    plan = chunk_plan(x, weight, keep, pools_only=True)
     if not keep and pooling.fuses(x, N, math.ceil(B / plan.images) * math.ceil(N / plan.columns)):
         scale = pooling.norms(_matrix(weight))[1] if normalize else None
         return pooling.fused(x, weight, bias, scale, options), x.new_empty(0)
