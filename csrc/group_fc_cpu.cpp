@@ -41,13 +41,6 @@ void for_each_tile(int64_t groups, const Plan& plan, double work_of_group, const
   torch::stable::parallel_for(0, items, grain, range);
 }
 
-// An output on the CPU.
-Tensor output(const Tensor& h, const Shape& shape) {
-  const Tensor out = empty_like_h(h, shape);
-  advise_huge_pages(out.mutable_data_ptr(), out.numel() * int64_t(out.element_size()));
-  return out;
-}
-
 // Numbers moved weigh more than multiply-adds, which run 8 or 16 at a time.
 double work_of(const Gemm& g) {
   return double(g.M) * g.N * g.K + 4.0 * (double(g.M) * g.K + double(g.K) * g.N + double(g.M) * g.N);
@@ -78,7 +71,7 @@ Tensor group_fc_cpu(const Tensor& h, const Tensor& weight, const std::optional<T
     check_shape("group_fc", "bias", shape_of(*bias), "(C,)", {p.C});
     bias_data = accumulation_bias(*bias, p.dtype, storage);
   }
-  const Tensor logits = output(h, {p.B, p.C});
+  const Tensor logits = output_like(h, {p.B, p.C});
   void* out = logits.mutable_data_ptr();
   if (p.B == 0 || p.C == 0) return logits;
 
@@ -120,7 +113,7 @@ std::tuple<Tensor, Tensor, Tensor> group_fc_backward_cpu(const Tensor& dlogits, 
   const Kernels& k = kernels();
   const auto run = k.run_tile[int(p.dtype)];
 
-  const Tensor dh = output(h, need_dh ? Shape{p.B, p.G, p.E} : Shape{0});
+  const Tensor dh = output_like(h, need_dh ? Shape{p.B, p.G, p.E} : Shape{0});
   if (need_dh && p.B > 0 && p.G > 0 && p.E > 0) {
     void* out = dh.mutable_data_ptr();
     const auto product = [&](int64_t g) {  // an empty group is a sum over no j: zeros
@@ -144,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor> group_fc_backward_cpu(const Tensor& dlogits, 
     for_each_tile(p.G, plan, work_of(first), [&](int64_t g, int64_t tile) { run(product(g), plan, tile); });
   }
 
-  const Tensor dweight = output(h, need_dweight ? Shape{p.G, p.E, p.J} : Shape{0});
+  const Tensor dweight = output_like(h, need_dweight ? Shape{p.G, p.E, p.J} : Shape{0});
   if (need_dweight && p.G > 0 && p.E > 0 && p.J > 0) {
     void* out = dweight.mutable_data_ptr();
     const auto product = [&](int64_t g) {

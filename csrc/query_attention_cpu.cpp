@@ -13,6 +13,7 @@
 
 #include "attention.h"
 #include "gemm.h"
+#include "pages.h"
 #include "query_attention_checks.h"
 
 namespace mlhead {
@@ -87,7 +88,7 @@ std::tuple<Tensor, Tensor> query_attention_cpu(const Tensor& q, const Tensor& k,
                                                const std::optional<Tensor>& key_mask, const std::optional<Tensor>& seed,
                                                int64_t num_heads, double dropout_p) {
   const QueryAttention p("query_attention", q, k, v, key_mask, seed, num_heads, dropout_p);
-  const Tensor out = empty_like_h(q, {p.B, p.G, p.E}), kept = empty_accumulated(q, {p.B, p.H, 2, p.G});
+  const Tensor out = output_like(q, {p.B, p.G, p.E}), kept = empty_accumulated(q, {p.B, p.H, 2, p.G});
   if (p.B == 0 || p.G == 0) return {out, kept};
   char* to = static_cast<char*>(out.mutable_data_ptr());
   char* kept_at = static_cast<char*>(kept.mutable_data_ptr());
@@ -127,9 +128,9 @@ std::tuple<Tensor, Tensor, Tensor> query_attention_backward_cpu(const Tensor& do
   const QueryAttention p("query_attention_backward", q, k, v, key_mask, seed, num_heads, dropout_p);
   const Strided upstream = p.checked_output("dout", dout, q), kept_out = p.checked_output("out", out, q);
   char* kept_at = static_cast<char*>(const_cast<void*>(p.checked_kept(kept, q, {p.B, p.H, 2, p.G})));  // only read
-  const Tensor dq = empty_like_h(q, need_dq ? p.shape_of_q() : Shape{0});
-  const Tensor dk = empty_like_h(q, need_dk ? Shape{p.B, p.L, p.E} : Shape{0});
-  const Tensor dv = empty_like_h(q, need_dv ? Shape{p.B, p.L, p.E} : Shape{0});
+  const Tensor dq = output_like(q, need_dq ? p.shape_of_q() : Shape{0});
+  const Tensor dk = output_like(q, need_dk ? Shape{p.B, p.L, p.E} : Shape{0});
+  const Tensor dv = output_like(q, need_dv ? Shape{p.B, p.L, p.E} : Shape{0});
   const int64_t size = element_size(p.dtype);
   if (p.B == 0 || p.G == 0) {  // sums over nothing
     for (const Tensor& t : {dq, dk, dv}) std::memset(t.mutable_data_ptr(), 0, size_t(t.numel() * size));

@@ -15,7 +15,7 @@ struct NormRow {
   int64_t x_e;
   const void* residual;  // S
   int64_t residual_e;
-  const void *weight, *bias;  // T (E)
+  const void *weight, *bias;  // T (E), zeros behind them up to whole registers
   double eps;
   Dropout dropout;
   uint32_t first;     // number of the row's first element, for the dropout
@@ -24,8 +24,8 @@ struct NormRow {
   const void* dout;   // backward: S
   int64_t dout_e;
   void *dx, *dresidual;   // backward: S, or null
-  void *dweight, *dbias;  // backward: T (E), added to; or null
-  void* scratch;          // T, 3 E elements, 64-byte aligned
+  void *dweight, *dbias;  // backward: T (E) and room up to whole registers, added to; or null
+  void* scratch;          // T, room for 5 rows of whole registers, 64-byte aligned
 };
 
 // One row of relu_dropout: out = dropout(max(x, 0)); backward x is the output, and out = 0 where x <= 0, else

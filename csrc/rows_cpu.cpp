@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "gemm.h"
+#include "pages.h"
 #include "rows_checks.h"
 
 namespace mlhead {
@@ -27,10 +28,15 @@ char* row_at(void* base, int64_t row, int64_t width, Dtype dtype) {
   return base ? static_cast<char*>(base) + row * width * element_size(dtype) : nullptr;
 }
 
-// weight and bias, contiguous and of the accumulation type T.
+// A row with whole registers of any instruction set: numbers of T.
+int64_t room(int64_t count) {
+  return (count + 63) / 64 * 64;
+}
+
+// weight and bias, contiguous and of the accumulation type T, zeros behind them.
 template <typename T>
 std::vector<T> widened(const void* data, int64_t count, int64_t stride, Dtype dtype, bool wide) {
-  std::vector<T> to(static_cast<size_t>(count));
+  std::vector<T> to(static_cast<size_t>(room(count)), T(0));
   for (int64_t e = 0; e < count; ++e) {
     if (wide || dtype == Dtype::f32 || dtype == Dtype::f64)
       to[size_t(e)] = static_cast<const T*>(data)[e * stride];
@@ -54,7 +60,7 @@ void run_forward(const AddNorm& p, void* out, void* statistics) {
   const auto run = kernels().norm_row[int(p.dtype)];
   T *mean = static_cast<T*>(statistics), *rstd = mean + p.B * p.N;
   for_each_row(p.B * p.N, p.E, [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch(4 * (p.E + 64) * int64_t(sizeof(T)));
+    void* scratch = thread_scratch(5 * room(p.E) * int64_t(sizeof(T)));
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / p.N, n = row % p.N;
       NormRow t{};
@@ -76,7 +82,7 @@ std::tuple<Tensor, Tensor> dropout_add_layer_norm_cpu(const Tensor& x, const Ten
                                                       const Tensor& bias, const std::optional<Tensor>& seed,
                                                       double dropout_p, double eps) {
   const AddNorm p("dropout_add_layer_norm", x, residual, weight, bias, seed, dropout_p, eps);
-  const Tensor out = empty_like_h(x, {p.B, p.N, p.E}), statistics = empty_accumulated(x, {2, p.B, p.N});
+  const Tensor out = output_like(x, {p.B, p.N, p.E}), statistics = empty_accumulated(x, {2, p.B, p.N});
   if (p.B * p.N == 0) return {out, statistics};
   if (p.dtype == Dtype::f64)
     run_forward<double>(p, out.mutable_data_ptr(), statistics.mutable_data_ptr());
@@ -90,7 +96,7 @@ template <typename T>
 void add_runs(const std::vector<T>& sums, int64_t offset, int64_t runs, const AddNorm& p, void* to) {
   for (int64_t e = 0; e < p.E; ++e) {
     T sum = 0;
-    for (int64_t run = 0; run < runs; ++run) sum += sums[size_t((2 * run + offset) * p.E + e)];
+    for (int64_t run = 0; run < runs; ++run) sum += sums[size_t((2 * run + offset) * room(p.E) + e)];
     if (p.wide_weight || p.dtype == Dtype::f32 || p.dtype == Dtype::f64)
       static_cast<T*>(to)[e] = sum;
     else if (p.dtype == Dtype::f16)
@@ -110,9 +116,9 @@ void run_backward(const AddNorm& p, const Strided& dout, const void* statistics,
   const auto kernel = kernels().norm_row_backward[int(p.dtype)];
   const T *mean = static_cast<const T*>(statistics), *rstd = mean + p.B * p.N;
   const int64_t rows = p.B * p.N, runs = std::min(kMostRuns, (rows + kRowsOfRun - 1) / kRowsOfRun);
-  std::vector<T> sums(size_t(2 * runs * p.E), T(0));
+  std::vector<T> sums(size_t(2 * runs * room(p.E)), T(0));
   const auto range = [&](int64_t begin, int64_t end) {
-    void* scratch = thread_scratch(4 * (p.E + 64) * int64_t(sizeof(T)));
+    void* scratch = thread_scratch(5 * room(p.E) * int64_t(sizeof(T)));
     for (int64_t run = begin; run < end; ++run)
       for (int64_t row = run * rows / runs; row < (run + 1) * rows / runs; ++row) {
         const int64_t b = row / p.N, n = row % p.N;
@@ -126,8 +132,8 @@ void run_backward(const AddNorm& p, const Strided& dout, const void* statistics,
         t.first = uint32_t(n * p.E);
         t.mean = const_cast<T*>(mean + row), t.rstd = const_cast<T*>(rstd + row);  // only read
         t.dx = row_at(to.dx, row, p.E, p.dtype), t.dresidual = row_at(to.dresidual, row, p.E, p.dtype);
-        if (to.dweight) t.dweight = sums.data() + 2 * run * p.E;
-        if (to.dbias) t.dbias = sums.data() + (2 * run + 1) * p.E;
+        if (to.dweight) t.dweight = sums.data() + 2 * run * room(p.E);
+        if (to.dbias) t.dbias = sums.data() + (2 * run + 1) * room(p.E);
         t.scratch = scratch;
         kernel(t);
       }
@@ -149,10 +155,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward_cpu(
   const Strided upstream = p.checked_dout(dout, x);
   const void* kept = p.checked_statistics(statistics, x);
   const Shape shape{p.B, p.N, p.E};
-  const Tensor dx = empty_like_h(x, need_dx ? shape : Shape{0});
-  const Tensor dresidual = empty_like_h(x, need_dresidual ? shape : Shape{0});
-  const Tensor dweight = empty_like_h(weight, need_dweight ? Shape{p.E} : Shape{0});
-  const Tensor dbias = empty_like_h(weight, need_dbias ? Shape{p.E} : Shape{0});
+  const Tensor dx = output_like(x, need_dx ? shape : Shape{0});
+  const Tensor dresidual = output_like(x, need_dresidual ? shape : Shape{0});
+  const Tensor dweight = output_like(weight, need_dweight ? Shape{p.E} : Shape{0});
+  const Tensor dbias = output_like(weight, need_dbias ? Shape{p.E} : Shape{0});
   const auto data = [](const Tensor& t, bool needed) { return needed ? t.mutable_data_ptr() : nullptr; };
   const Gradients to{data(dx, need_dx), data(dresidual, need_dresidual), data(dweight, need_dweight),
                      data(dbias, need_dbias)};
@@ -166,7 +172,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dropout_add_layer_norm_backward_cpu(
 Tensor relu_dropout_cpu(const Tensor& x, const std::optional<Tensor>& seed, double dropout_p) {
   const ReluDropout p("relu_dropout", x);
   const int64_t* seed_at = checked_seed(p.where, seed, dropout_p, "x", x);
-  const Tensor out = empty_like_h(x, {p.B, p.N, p.F});
+  const Tensor out = output_like(x, {p.B, p.N, p.F});
   void* to = out.mutable_data_ptr();
   const auto run = kernels().relu_row[int(p.dtype)];
   for_each_row(p.B * p.N, p.F, [&](int64_t begin, int64_t end) {
@@ -190,7 +196,7 @@ Tensor relu_dropout_backward_cpu(const Tensor& dout, const Tensor& out, double d
   const ReluDropout p("relu_dropout_backward", out);
   if (!(dropout_p >= 0.0 && dropout_p < 1.0)) fail(p.where, "dropout_p", "in [0, 1)", std::to_string(dropout_p));
   const Strided upstream = p.checked_dout(dout, out);
-  const Tensor dx = empty_like_h(out, {p.B, p.N, p.F});
+  const Tensor dx = output_like(out, {p.B, p.N, p.F});
   void* to = dx.mutable_data_ptr();
   const auto run = kernels().relu_row_backward[int(p.dtype)];
   for_each_row(p.B * p.N, p.F, [&](int64_t begin, int64_t end) {

@@ -1,8 +1,8 @@
 // Dropout, residual sum and layer norm of a row; ReLU and dropout of a row.
 // Included by gemm_kernels.h, once for each instruction set.
 //
-// A row is widened into scratch (L1) and everything else happens there: it is read and written once. Random numbers are
-// a hash of the element's number, computed where they are needed, forward and backward alike.
+// A row is read and written once; what is needed again stays in scratch (L1). Random numbers are a hash of the
+// element's number, computed once in each direction.
 #pragma once
 
 #include "pack.h"
@@ -49,19 +49,6 @@ static void widen_row(int64_t count, const S* from, int64_t stride, T* to) {
   for (int64_t e = count; e < padded<T>(count); ++e) to[e] = T(0);
 }
 
-// z = residual + dropout(x) in scratch.
-template <typename S, typename T>
-static void residual_sum(const NormRow& t, T* z, T* other) {
-  widen_row<S, T>(t.E, static_cast<const S*>(t.x), t.x_e, z);
-  widen_row<S, T>(t.E, static_cast<const S*>(t.residual), t.residual_e, other);
-  Counters<T> number = counters_from<T>(t.first);
-  for (int64_t e = 0; e < t.E; e += kLanes<T>, number += uint32_t(kLanes<T>)) {
-    Vec<T> x = load(z + e);
-    if (t.dropout.active) x *= dropout_factor<T>(number, t.dropout);
-    store(z + e, load(other + e) + x);
-  }
-}
-
 // sum_e f(e), in four sums that are then added.
 template <typename T, typename F>
 MLHEAD_INLINE T sum_over_row(int64_t count, const F& f) {
@@ -80,12 +67,25 @@ MLHEAD_INLINE T sum_over_row(int64_t count, const F& f) {
   return sum_of_lanes<T>((sums[0] + sums[1]) + (sums[2] + sums[3]));
 }
 
-template <typename S>
-static void norm_row(const NormRow& t) {
-  using T = typename Accumulate<S>::type;
-  T *z = static_cast<T*>(t.scratch), *other = z + padded<T>(t.E);
+// A row that is read or written as it lies, if it is contiguous and ends with a whole register; else in scratch.
+template <typename S, typename T>
+MLHEAD_INLINE bool lies_well(const NormRow& t, int64_t stride) {
+  return stride == 1 && t.E % kLanes<T> == 0;
+}
+
+// x, residual and out hold whole registers.
+template <typename R, typename T>
+static void norm_registers(const NormRow& t, const R* x, const R* residual, R* out, T* z) {
+  constexpr int L = kLanes<T>;
+  const int64_t width = padded<T>(t.E);
   const T *weight = static_cast<const T*>(t.weight), *bias = static_cast<const T*>(t.bias);
-  residual_sum<S, T>(t, z, other);
+  const Dropout dropout = t.dropout;
+  Counters<T> number = counters_from<T>(t.first);
+  for (int64_t e = 0; e < width; e += L, number += uint32_t(L)) {
+    Vec<T> v = load(x + e);
+    if (dropout.active) v *= dropout_factor<T>(number, dropout);
+    store(z + e, load(residual + e) + v);
+  }
   const T mean = sum_over_row<T>(t.E, [&](int64_t e) { return load(z + e); }) / T(t.E);
   const T variance = sum_over_row<T>(t.E,
                                      [&](int64_t e) {
@@ -94,49 +94,80 @@ static void norm_row(const NormRow& t) {
                                      }) /
                      T(t.E);
   const T rstd = T(1) / T(__builtin_sqrt(double(variance) + t.eps));
-  for (int64_t e = 0; e < t.E; e += kLanes<T>) store(other + e, (load(z + e) - mean) * rstd);
-  // weight and bias have no room behind them: their last numbers are taken one by one.
-  const int64_t whole = t.E - t.E % kLanes<T>;
-  for (int64_t e = 0; e < whole; e += kLanes<T>) store(other + e, load(other + e) * load(weight + e) + load(bias + e));
-  for (int64_t e = whole; e < t.E; ++e) other[e] = other[e] * weight[e] + bias[e];
-  write_block<T, S>(1, t.E, other, t.E, static_cast<S*>(t.out), t.E, 1);
+  for (int64_t e = 0; e < width; e += L)
+    store(out + e, (load(z + e) - mean) * rstd * load(weight + e) + load(bias + e));
   *static_cast<T*>(t.mean) = mean, *static_cast<T*>(t.rstd) = rstd;
+}
+
+template <typename S>
+static void norm_row(const NormRow& t) {
+  using T = typename Accumulate<S>::type;
+  const int64_t width = padded<T>(t.E);
+  T *a = static_cast<T*>(t.scratch), *b = a + width, *z = b + width;
+  const S *x = static_cast<const S*>(t.x), *residual = static_cast<const S*>(t.residual);
+  S* out = static_cast<S*>(t.out);
+  if (lies_well<S, T>(t, t.x_e) && t.residual_e == 1) return norm_registers<S, T>(t, x, residual, out, z);
+  widen_row<S, T>(t.E, x, t.x_e, a);
+  widen_row<S, T>(t.E, residual, t.residual_e, b);
+  norm_registers<T, T>(t, a, b, a, z);
+  write_block<T, S>(1, t.E, a, t.E, out, t.E, 1);
+}
+
+// All rows hold whole registers, beyond E zeros; dx, dresidual and g may be x, residual and dout, and
+// the first two null.
+template <typename R, typename T>
+static void norm_registers_backward(const NormRow& t, const R* x, const R* residual, const R* dout, R* dx, R* dresidual,
+                                    T* n, T* g, T* factors) {
+  constexpr int L = kLanes<T>;
+  const int64_t width = padded<T>(t.E);
+  const T *weight = static_cast<const T*>(t.weight), mean = *static_cast<const T*>(t.mean),
+          rstd = *static_cast<const T*>(t.rstd);
+  T *dweight = static_cast<T*>(t.dweight), *dbias = static_cast<T*>(t.dbias);
+  const Dropout dropout = t.dropout;
+  Counters<T> number = counters_from<T>(t.first);
+  Vec<T> sum_g{}, sum_gn{};
+  for (int64_t e = 0; e < width; e += L, number += uint32_t(L)) {
+    Vec<T> v = load(x + e);
+    if (dropout.active) {
+      const Vec<T> factor = dropout_factor<T>(number, dropout);
+      store(factors + e, factor);
+      v *= factor;
+    }
+    v = (load(residual + e) + v - mean) * rstd;
+    store(n + e, v);
+    const Vec<T> d = load(dout + e), dn = d * load(weight + e);
+    store(g + e, dn);
+    sum_g += dn;
+    sum_gn += dn * v;
+    if (dweight) store(dweight + e, load(dweight + e) + d * v);
+    if (dbias) store(dbias + e, load(dbias + e) + d);
+  }
+  if (!dx && !dresidual) return;
+  const T mean_g = sum_of_lanes<T>(sum_g) / T(t.E), mean_gn = sum_of_lanes<T>(sum_gn) / T(t.E);
+  for (int64_t e = 0; e < width; e += L) {
+    const Vec<T> dz = (load(g + e) - mean_g - load(n + e) * mean_gn) * rstd;
+    if (dresidual) store(dresidual + e, dz);
+    if (dx) store(dx + e, dropout.active ? dz * load(factors + e) : dz);
+  }
 }
 
 template <typename S>
 static void norm_row_backward(const NormRow& t) {
   using T = typename Accumulate<S>::type;
-  constexpr int L = kLanes<T>;
-  T *n = static_cast<T*>(t.scratch), *g = n + padded<T>(t.E), *d = g + padded<T>(t.E);
-  const T* weight = static_cast<const T*>(t.weight);
-  const T mean = *static_cast<const T*>(t.mean), rstd = *static_cast<const T*>(t.rstd);
-  residual_sum<S, T>(t, n, g);
-  widen_row<S, T>(t.E, static_cast<const S*>(t.dout), t.dout_e, d);
-  const int64_t whole = t.E - t.E % L;
-  for (int64_t e = 0; e < t.E; e += L) store(n + e, (load(n + e) - mean) * rstd);
-  for (int64_t e = 0; e < whole; e += L) store(g + e, load(d + e) * load(weight + e));
-  for (int64_t e = whole; e < t.E; ++e) g[e] = d[e] * weight[e];
-  T *dweight = static_cast<T*>(t.dweight), *dbias = static_cast<T*>(t.dbias);
-  if (dweight) {
-    for (int64_t e = 0; e < whole; e += L) store(dweight + e, load(dweight + e) + load(d + e) * load(n + e));
-    for (int64_t e = whole; e < t.E; ++e) dweight[e] += d[e] * n[e];
-  }
-  if (dbias) {
-    for (int64_t e = 0; e < whole; e += L) store(dbias + e, load(dbias + e) + load(d + e));
-    for (int64_t e = whole; e < t.E; ++e) dbias[e] += d[e];
-  }
-  if (!t.dx && !t.dresidual) return;
-  const T mean_g = sum_over_row<T>(t.E, [&](int64_t e) { return load(g + e); }) / T(t.E);
-  const T mean_gn = sum_over_row<T>(t.E, [&](int64_t e) { return load(g + e) * load(n + e); }) / T(t.E);
-  for (int64_t e = 0; e < t.E; e += L) store(g + e, (load(g + e) - mean_g - load(n + e) * mean_gn) * rstd);
-  if (t.dresidual) write_block<T, S>(1, t.E, g, t.E, static_cast<S*>(t.dresidual), t.E, 1);
-  if (!t.dx) return;
-  if (t.dropout.active) {
-    Counters<T> number = counters_from<T>(t.first);
-    for (int64_t e = 0; e < t.E; e += L, number += uint32_t(L))
-      store(g + e, load(g + e) * dropout_factor<T>(number, t.dropout));
-  }
-  write_block<T, S>(1, t.E, g, t.E, static_cast<S*>(t.dx), t.E, 1);
+  const int64_t width = padded<T>(t.E);
+  T *n = static_cast<T*>(t.scratch), *factors = n + width;
+  T *a = factors + width, *b = a + width, *d = b + width;
+  const S *x = static_cast<const S*>(t.x), *residual = static_cast<const S*>(t.residual);
+  const S* dout = static_cast<const S*>(t.dout);
+  S *dx = static_cast<S*>(t.dx), *dresidual = static_cast<S*>(t.dresidual);
+  if (lies_well<S, T>(t, t.x_e) && t.residual_e == 1 && t.dout_e == 1)
+    return norm_registers_backward<S, T>(t, x, residual, dout, dx, dresidual, n, d, factors);
+  widen_row<S, T>(t.E, x, t.x_e, a);
+  widen_row<S, T>(t.E, residual, t.residual_e, b);
+  widen_row<S, T>(t.E, dout, t.dout_e, d);
+  norm_registers_backward<T, T>(t, a, b, d, dx ? a : nullptr, dresidual ? b : nullptr, n, d, factors);
+  if (dx) write_block<T, S>(1, t.E, a, t.E, dx, t.E, 1);
+  if (dresidual) write_block<T, S>(1, t.E, b, t.E, dresidual, t.E, 1);
 }
 
 template <typename S>
