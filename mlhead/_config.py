@@ -134,7 +134,7 @@ class TrainConfig:
     random_queries: int = _option(0, "zero-shot: random queries beside the classes in training", least=0)
     prior: bool = _option(True, "start the head's bias, where it has one, at the classes' share of the training labels")
     loss: str = _option("bce", "loss", choices=("bce", "asl", "softmax"))
-    loss_opt: dict[str, Any] = _option({}, "option of the loss as name=value, e.g. gamma_neg=7; may be repeated")
+    loss_opt: dict[str, Any] = _option({}, "option of the loss as name=value: gamma_neg=7, reduction=sum; repeatable")
     fused_loss: bool = _option(
         False,
         "train with the loss in the head, on sparse labels, without logits and dense targets; zero-shot always does",

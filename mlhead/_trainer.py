@@ -278,9 +278,7 @@ class Trainer:
         used = [batch for batch in batches if total and (world > 1 or len(batch.images))]
         for batch in used:
             with self.spread.communicates(self.forward, now=batch is used[-1]):
-                # Every image weighs alike, also when unreadable ones have left the batches of different sizes.
-                share = (len(batch.images) if world == 1 else config.batch_size) / total
-                loss = self._loss_of(batch, complete) * share
+                loss = self._loss_of(batch, complete) * self._share(len(batch.images), total)
                 self.scaler.scale(loss).backward()
             self._loss_sum += loss.detach()
         self._loss_count += 1 if total else 0
@@ -303,6 +301,17 @@ class Trainer:
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         return grad_norm
+
+    def _share(self, images: int, total: int) -> float:
+        """What the loss of a batch is multiplied by, for the step's to be the mean or the sum over its `total` images.
+
+        Every image weighs alike, also when unreadable ones have left the batches of different sizes.
+        """
+        whole, world = self.config.batch_size, self.processes.world
+        if self.config.loss_opt.get("reduction", "mean") == "mean":
+            return (images if world == 1 else whole) / total
+        # Gradients are means over the processes; the loss in the head is that of all who share its classes.
+        return world / (self.spread.classes if self.config.fused_loss else 1)
 
     def _loss_of(self, batch: Batch, complete: bool) -> Tensor:
         """The loss of a batch; `complete` is whether all images of the step could be read, by all processes."""

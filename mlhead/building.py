@@ -131,7 +131,9 @@ def _init_backbone(model: HeadedModel, path: Path) -> None:
 def build_loss(config: TrainConfig) -> nn.Module:
     """The loss that --loss names."""
     kind = LOSSES[config.loss]
-    _check_names(config.loss_opt, kind, "--loss-opt", f"loss {config.loss}", without=("reduction", "pos_weight"))
+    _check_names(config.loss_opt, kind, "--loss-opt", f"loss {config.loss}", without=("pos_weight",))
+    if config.loss_opt.get("reduction", "mean") not in ("mean", "sum"):
+        usage_fail("--loss-opt reduction", "mean or sum", repr(config.loss_opt["reduction"]))
     try:
         loss = kind(**config.loss_opt)
         loss(torch.zeros(1, 2), torch.tensor([[1.0, 0.0]]))  # which is where the options are used

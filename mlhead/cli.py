@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from typing import NoReturn
 
+from mlhead import __version__
 from mlhead._config import TrainConfig, flag
 from mlhead._usage import UsageError, closest
 from mlhead.commands import COMMANDS
@@ -33,6 +34,7 @@ def _leave_to_first() -> None:
 def build_parser() -> argparse.ArgumentParser:
     """The parser of all commands."""
     parser = _Parser(prog="mlhead", description="Fused classification heads for PyTorch.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"mlhead {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for command in COMMANDS:
         command.add(commands)

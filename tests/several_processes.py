@@ -30,12 +30,13 @@ SMALL = {"embed_dim": 32, "num_heads": 4, "feedforward_dim": 32}
 DECODER = {"head": "ml_decoder", "head_opt": {**SMALL, "groups": 4}}
 STILL = {**VIT, **TINY, "head": "ml_decoder", "head_opt": {**SMALL, "groups": 4, "dropout": 0.0}}
 STEPS = {"steps": 4, "eval_every": 4, "batch_size": 8, "accumulate": 2, "clip_grad": 0.5, "ema": 0.9}
+SUM = {"loss_opt": {"reduction": "sum"}}
 
 # What one process and several train to the same weights.
 SAME: dict[str, dict[str, Any]] = {
-    "ddp": {**VIT, **TINY, **STEPS, "head": "gap"},
+    "ddp": {**VIT, **TINY, **STEPS, "head": "gap", **SUM},
     "fsdp": {**STILL, **STEPS, "fused_loss": True, "parallel": "fsdp"},
-    "classes": {**STILL, **STEPS, "fused_loss": True, "class_parallel": 2},
+    "classes": {**STILL, **STEPS, "fused_loss": True, "class_parallel": 2, **SUM},
     "classes_fsdp": {**VIT, **TINY, **STEPS, "head": "csra", "class_parallel": 2, "parallel": "fsdp"},
     "words": {**STILL, **STEPS, "task": "zero-shot", "num_classes": 100, "class_parallel": 2},
 }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import mlhead
 from mlhead import cli
 
 for package in ("timm", "torchmetrics", "sklearn", "yaml", "PIL", "matplotlib"):
@@ -161,6 +162,11 @@ def python(program, *arguments):
     return subprocess.run(
         [sys.executable, "-c", program, *arguments], cwd=ROOT, capture_output=True, text=True, timeout=120
     )
+
+
+def test_the_version(capsys):
+    assert exit_code(["--version"]) == 0
+    assert capsys.readouterr().out == f"mlhead {mlhead.__version__}\n"
 
 
 def test_help_imports_nothing_heavy():

@@ -122,7 +122,10 @@ def test_loss_options_that_are_no_numbers() -> None:
     for options in ({"gamma_neg": "x"}, {"gamma_neg": "nan"}, {"margin": [0.1]}):
         with pytest.raises(UsageError, match="--loss-opt of asl"):
             build_loss(TrainConfig(loss="asl", loss_opt=options))
-    build_loss(TrainConfig(loss="asl", loss_opt={"gamma_neg": 2, "margin": 0.1}))
+    build_loss(TrainConfig(loss="asl", loss_opt={"gamma_neg": 2, "margin": 0.1, "reduction": "sum"}))
+    for reduction in ("none", 3, ["sum"]):
+        with pytest.raises(UsageError, match="--loss-opt reduction must be mean or sum, got"):
+            build_loss(TrainConfig(loss="asl", loss_opt={"reduction": reduction}))
 
 
 def test_training_images_that_cannot_be_read_at_all(tmp_path: Path) -> None:

@@ -264,6 +264,7 @@ def test_the_share_of_time_that_waits_for_data(tmp_path, monkeypatch):
     assert [float(r["data_wait"]) for r in table if r["kind"] == "train"] == logged
 
 
+SMOOTH = {"backbone": "test_vit", "backbone_opt": {"img_size": 48}, "image_size": 48, "channels_last": False}
 HEADS = {
     "gap": {"head": "gap"},
     "csra": {"head": "csra", "head_opt": {"num_heads": 2, "bias": True}},
@@ -274,9 +275,21 @@ HEADS = {
 @pytest.mark.parametrize("loss", ["bce", "asl", "softmax"])
 @pytest.mark.parametrize("head", HEADS)
 def test_the_loss_in_the_head_trains_the_same_weights(tmp_path, head, loss):
-    """Six steps of SGD in fp32 from one seed, with dense targets and with sparse ones."""
+    """Six steps of SGD in fp32 from one seed, with dense targets and with sparse ones.
+
+    The backbone is smooth: where a ReLU's input is all but 0, the last bit of a weight decides if a gradient flows.
+    """
     rate = 0.01 if loss == "softmax" else 0.1  # its sum over the labels of an image makes for larger gradients
-    options = {**HEADS[head], "loss": loss, "steps": 6, "optimizer": "sgd", "lr": rate, "accumulate": 2, "log_every": 1}
+    options = {
+        **SMOOTH,
+        **HEADS[head],
+        "loss": loss,
+        "steps": 6,
+        "optimizer": "sgd",
+        "lr": rate,
+        "accumulate": 2,
+        "log_every": 1,
+    }
     run(tmp_path / "dense", **options)
     run(tmp_path / "fused", **options, fused_loss=True)
     before = building.build_model(config("unused", **options), 100, 1).state_dict()
@@ -293,6 +306,31 @@ def test_the_loss_in_the_head_trains_the_same_weights(tmp_path, head, loss):
     ]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
     assert b["metrics"]["mAP"] == pytest.approx(a["metrics"]["mAP"], abs=1e-3)
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_the_sum_as_the_loss_trains_as_the_mean_at_a_larger_rate(tmp_path, fused):
+    options = {
+        **SMOOTH,
+        "head": "gap",
+        "num_classes": 10,
+        "steps": 4,
+        "weight_decay": 0.0,
+        "optimizer": "sgd",
+        "accumulate": 2,
+        "log_every": 1,
+    }
+    options["fused_loss"] = fused
+    terms = 2 * config("unused", **options).batch_size * 10  # of a step: images times classes
+    run(tmp_path / "mean", **options, lr=0.1)
+    run(tmp_path / "sum", **options, lr=0.1 / terms, loss_opt={"reduction": "sum"})
+    mean, summed = (load_checkpoint(tmp_path / name / "last.pt")["model"] for name in ("mean", "sum"))
+    for name, weight in mean.items():
+        torch.testing.assert_close(summed[name], weight, rtol=1e-5, atol=1e-5 * weight.abs().max().item() + 1e-7)
+    means, sums = (
+        [r["loss"] for r in read_log(tmp_path / n / "log.jsonl") if r["kind"] == "train"] for n in ("mean", "sum")
+    )
+    assert sums == pytest.approx([terms * loss for loss in means], rel=1e-4)
 
 
 def test_the_loss_in_the_head_resumes_and_takes_other_options(tmp_path):
