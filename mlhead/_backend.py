@@ -79,6 +79,9 @@ def backend(name: str) -> Iterator[None]:
 
     The choice is local to the thread or task; compiled code guards on it and takes that of whichever thread chose
     last. The backward of a call uses the backend of its forward, wherever it runs.
+
+    Raises:
+        ValueError: There is no backend of that name; on entering the block.
     """
     name, before = requested(name), _mirror.choice
     token = None if torch.compiler.is_compiling() else _chosen.set(name)

@@ -25,6 +25,10 @@ def propensities(counts: Tensor, num_images: int, a: float = 0.55, b: float = 1.
         a: 0.55; the paper has 0.5 for Wikipedia and 0.6 for Amazon.
         b: 1.5; the paper has 0.4 for Wikipedia and 2.6 for Amazon.
 
+    Raises:
+        ValueError: num_images is below 3, b is not positive, or a count is negative.
+        TypeError: num_images is no integer, or counts is no real tensor (C,).
+
     Source:
         Jain, Prabhu and Varma, Extreme Multi-label Loss Functions for Recommendation, Tagging, Ranking & Other Missing
         Label Applications, KDD 2016, section 4.
@@ -72,6 +76,10 @@ class TopKMetrics:
     Attributes:
         sums: All that was counted, fp64, plain sums.
 
+    Raises:
+        ValueError: There is no k, a k is below 1 or there twice, or the propensities are not (C,) in (0, 1].
+        TypeError: A k is no integer, or the propensities are no floating tensor.
+
     Source:
         Bhatia et al., The Extreme Classification Repository, and its pyxclib (xc_metrics.py), which computes
         these ratios; Jain, Prabhu and Varma, KDD 2016.
@@ -109,6 +117,11 @@ class TopKMetrics:
             classes: (B, K) with K >= max(ks), the best classes of each image, best first and each once, as of
                 `group_fc_topk` and `linear_topk`.
             targets: The labels of these images, on the device of `classes`.
+
+        Raises:
+            ValueError: A shape, a device or C does not fit, or on the CPU a class or target is out of range, which on
+                CUDA ends in an asynchronous device assertion.
+            TypeError: classes is no tensor of int32 or int64, or targets is no `SparseTargets`.
         """
         self._check(classes, targets)
         if targets.batch == 0:

@@ -58,6 +58,10 @@ class ZeroShotMetrics:
         images: How many images this process has seen.
         labelled: n of each set in these, by its name.
 
+    Raises:
+        ValueError: num_seen is not in [1, C), there is no k, or a k is below 1 or there twice.
+        TypeError: A number is no integer.
+
     Numerics: scores are compared in fp32, also for mAP, where no sigmoid makes high scores equal. All scores are kept
         for mAP: 4 C + 8 m bytes for an image with m positives.
 
@@ -95,7 +99,8 @@ class ZeroShotMetrics:
                 positive, as in `TopKMetrics`: it counts as a negative. Any value above 0 is a whole positive.
 
         Raises:
-            ValueError: The shapes do not fit, or a logit or target is not finite or out of range.
+            ValueError: The shapes do not fit, a logit is not finite, or on the CPU a target is out of range, which on
+                CUDA ends in an asynchronous device assertion.
             TypeError: logits is no floating tensor, or targets is neither a tensor nor `SparseTargets`.
         """
         check_batch("ZeroShotMetrics", logits, targets, self.num_classes)

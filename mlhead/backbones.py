@@ -54,7 +54,14 @@ class HeadedModel(nn.Module):
         return _timm_rules.without_prefix(self.backbone, self.norm(features)), mask
 
     def forward_features(self, x: Any) -> Tensor:
-        """What the head sees: a map (B, D, H, W), possibly in channels-last strides, or tokens (B, L, D)."""
+        """What the head sees: a map (B, D, H, W), possibly in channels-last strides, or tokens (B, L, D).
+
+        Args:
+            x: As for `forward`.
+
+        Raises:
+            ValueError: The backbone gives neither a map nor tokens.
+        """
         return self._features(x)[0]
 
     def forward(
@@ -75,6 +82,12 @@ class HeadedModel(nn.Module):
 
         Returns:
             (B, C); with targets a scalar.
+
+        Raises:
+            ValueError: As of the head; or it takes no targets, or no key_mask for masked patches, or the backbone gives
+                neither a map nor tokens.
+            TypeError: As of the head.
+            BackendError: An explicitly chosen backend cannot run this call.
         """
         options: dict[str, Any] = {"targets": targets, "sample_weight": sample_weight, "ignore": ignore}
         options = {name: value for name, value in options.items() if value is not None}
@@ -89,7 +102,19 @@ class HeadedModel(nn.Module):
         return self.head(features, **options)
 
     def attention_maps(self, x: Any, classes: Tensor | Sequence[int]) -> Tensor:
-        """Where the chosen classes look: the head's weights (B, K, L) over the positions of its features."""
+        """Where the chosen classes look: the head's weights (B, K, L) over the positions of its features.
+
+        Args:
+            x: As for `forward`.
+            classes: Class indices, (K,) for all images or (B, K) for each its own.
+
+        Raises:
+            ValueError: As of the head, or the backbone gives neither a map nor tokens.
+            TypeError: As of the head.
+            RuntimeError: The head is a sharded one for word vectors.
+            BackendError: An explicitly chosen backend cannot run this call.
+            AttributeError: The head has no `attention_maps`.
+        """
         features, mask = self._features(x)
         options = {} if mask is None or not self._takes_mask else {"key_mask": mask}
         return self.head.attention_maps(features, classes, **options)  # type: ignore[operator]
@@ -99,7 +124,14 @@ class HeadedModel(nn.Module):
         return self.head
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Makes the head one of `num_classes` classes."""
+        """Makes the head one of `num_classes` classes, as its `reset` does.
+
+        Raises:
+            ValueError: The number is below 1, or the head's queries must be given anew.
+            TypeError: The number is no integer.
+            RuntimeError: The head is sharded.
+            AttributeError: The head has no `reset`.
+        """
         self.head.reset(num_classes)  # type: ignore[operator]
 
     def no_weight_decay(self) -> set[str]:
@@ -108,7 +140,12 @@ class HeadedModel(nn.Module):
         return set() if names is None else {f"backbone.{name}" for name in names()}
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Switches the backbone's gradient checkpointing."""
+        """Switches the backbone's gradient checkpointing.
+
+        Raises:
+            AttributeError: The backbone has no such method.
+            AssertionError: It is one of timm's that have the method but no checkpointing.
+        """
         self.backbone.set_grad_checkpointing(enable)  # type: ignore[operator]
 
 
@@ -132,8 +169,10 @@ def attach_head(
         The model with its head, in the model's training mode.
 
     Raises:
-        TypeError: The model does not offer what is looked for; the message says what that is.
-        ValueError: There is no head of that name; or the module's width or classes do not fit.
+        TypeError: The model does not offer what is looked for, the message says what that is; `head` is none of the
+            above, or does not take an option; or `num_classes` is no integer.
+        ValueError: There is no head of that name, or it refuses an option; the module's width or classes do not fit, or
+            there are options for it; `num_classes` is below 1; or the model has such a head already.
 
     Known limits:
         * CrossViT, EfficientViM, PiT, CoaT and a few encoders (34 architectures of timm 1.0.31) keep trainable
@@ -219,7 +258,8 @@ def with_max_score(model: nn.Module, lam: float | None = None, *, replace_poolin
     Raises:
         TypeError: As of `attach_head`; or the model has no linear classifier.
         ValueError: The model does not average its positions (unless `replace_pooling`); or its classifier does not come
-            directly after the pooling, for example in MobileNetV3, so that positions have no score.
+            directly after the pooling, for example in MobileNetV3, so that positions have no score; or lam is not
+            finite.
 
     Numerics:
         A norm between pooling and classifier (ConvNeXt, average-pooled ViT) is not linear. It takes its statistics from

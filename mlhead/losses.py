@@ -268,6 +268,10 @@ class BinaryCrossEntropy(_Loss):
         pos_weight: (C,), or None.
         label_smoothing: s in [0, 1).
         reduction: "none", "mean" (over B * C) or "sum".
+
+    Raises:
+        ValueError: There is no such reduction. All else is checked in the call.
+        TypeError: `pos_weight` is no tensor.
     """
 
     _kind = "bce"
@@ -281,7 +285,7 @@ class BinaryCrossEntropy(_Loss):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits (B, C) against targets (B, C)."""
+        """The loss of logits (B, C) against targets (B, C); arguments, result and errors of `binary_cross_entropy`."""
         return binary_cross_entropy(
             logits,
             targets,
@@ -292,7 +296,11 @@ class BinaryCrossEntropy(_Loss):
         )
 
     def options(self) -> dict[str, Any]:
-        """As of every loss."""
+        """The same loss as keywords of the ops.
+
+        Raises:
+            ValueError: The reduction is "none".
+        """
         return {**super().options(), "pos_weight": self.pos_weight, "label_smoothing": self.label_smoothing}
 
     def extra_repr(self) -> str:
@@ -311,6 +319,9 @@ class AsymmetricLoss(_Loss):
         detach_focal: Whether the focal weights are constants in backward; True, the default, as in the published
             training scripts.
         reduction: "none", "mean" (over B * C) or "sum".
+
+    Raises:
+        ValueError: There is no such reduction. All else is checked in the call.
     """
 
     _kind = "asl"
@@ -330,7 +341,7 @@ class AsymmetricLoss(_Loss):
         self.detach_focal = detach_focal
 
     def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits (B, C) against targets (B, C)."""
+        """The loss of logits (B, C) against targets (B, C); arguments, result and errors of `asymmetric_loss`."""
         return asymmetric_loss(
             logits,
             targets,
@@ -344,7 +355,11 @@ class AsymmetricLoss(_Loss):
         )
 
     def options(self) -> dict[str, Any]:
-        """As of every loss."""
+        """The same loss as keywords of the ops.
+
+        Raises:
+            ValueError: The reduction is "none".
+        """
         names = ("gamma_neg", "gamma_pos", "margin", "eps", "detach_focal")
         return {**super().options(), **{name: getattr(self, name) for name in names}}
 
@@ -362,6 +377,9 @@ class SoftmaxCrossEntropy(_Loss):
     Args:
         label_smoothing: s in [0, 1).
         reduction: "none", "mean" (over B) or "sum".
+
+    Raises:
+        ValueError: There is no such reduction. All else is checked in the call.
     """
 
     _kind = "softmax"
@@ -371,13 +389,17 @@ class SoftmaxCrossEntropy(_Loss):
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits (B, C) against indices (B,) or probabilities (B, C)."""
+        """The loss of logits (B, C) against indices (B,) or probabilities (B, C), as of `softmax_cross_entropy`."""
         return softmax_cross_entropy(
             logits, targets, weight=weight, label_smoothing=self.label_smoothing, reduction=self.reduction
         )
 
     def options(self) -> dict[str, Any]:
-        """As of every loss."""
+        """The same loss as keywords of the ops.
+
+        Raises:
+            ValueError: The reduction is "none".
+        """
         return {**super().options(), "label_smoothing": self.label_smoothing}
 
     def extra_repr(self) -> str:

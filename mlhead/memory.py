@@ -88,6 +88,7 @@ def head_memory(
     Raises:
         ValueError: A number is not positive, a choice is unknown, or a fused update is asked for with several devices:
             the optimizers of `mlhead.optim` do not take the parameters of such a head.
+        TypeError: A number is no integer.
     """
     where = "head_memory"
     numbers = {"num_classes": num_classes, "width": width, "batch": batch, "groups": groups, "devices": devices}

@@ -35,7 +35,14 @@ ACCURACY = ("top1", "top5")
 
 
 def main_measure(found: Mapping[str, float]) -> str:
-    """The name of the metric that decides which weights are best: accuracy where images have one label, else mAP."""
+    """The name of the metric that decides which weights are best: accuracy where images have one label, else mAP.
+
+    Args:
+        found: what `MultiLabelMetrics.compute` or `SingleLabelMetrics.compute` gave.
+
+    Returns:
+        "top1" or "mAP".
+    """
     return "top1" if "top1" in found else "mAP"
 
 
@@ -59,6 +66,10 @@ class MultiLabelMetrics:
         num_classes: C.
         threshold: a class is predicted where its probability is at least this.
         device: where the counts and the scores live.
+
+    Raises:
+        ValueError: num_classes is below 1.
+        TypeError: num_classes is no integer.
 
     Numerics: scores are compared in fp32; for mAP these are the logits, where no sigmoid makes high scores equal. They
         are kept: 4 C + 8 m bytes for an image with m positives.
@@ -84,7 +95,8 @@ class MultiLabelMetrics:
             targets: (B, C), or `SparseTargets`. Any value above 0 is a whole positive, -1 is an unknown label.
 
         Raises:
-            ValueError: the shapes do not fit, a logit is not finite, or a target is out of range.
+            ValueError: the shapes do not fit, a logit is not finite, or on the CPU a target is out of range, which on
+                CUDA ends in an asynchronous device assertion.
             TypeError: logits is no floating tensor, or targets is neither a tensor nor `SparseTargets`.
         """
         check_batch("MultiLabelMetrics", logits, targets, self.num_classes)
@@ -156,6 +168,10 @@ class TopKAccuracy:
         ks: the k, in the order in which they are shown; all below C + 1.
         device: where the counts live, and where batches are counted.
 
+    Raises:
+        ValueError: num_classes is below 1, there is no k, or a k is not in [1, C] or is there twice.
+        TypeError: a number is no integer.
+
     Source: ML-Decoder, section 4.3 (ImageNet, CIFAR-100, Stanford Cars).
     """
 
@@ -183,8 +199,8 @@ class TopKAccuracy:
             targets: integer classes (B,), or (B, C) or `SparseTargets` with one positive an image.
 
         Raises:
-            ValueError: the shapes do not fit, a logit is not finite, a class is out of range, or an image has not
-                exactly one label.
+            ValueError: the shapes do not fit, a logit is not finite, an image has not exactly one label, or on the CPU
+                a class or target is out of range, which on CUDA ends in an asynchronous device assertion.
             TypeError: logits is no floating tensor, or targets none of the above.
         """
         where = "TopKAccuracy"
@@ -228,6 +244,10 @@ class SingleLabelMetrics(MultiLabelMetrics):
     Args:
         num_classes: C.
         device: where the counts and the scores live.
+
+    Raises:
+        ValueError: num_classes is below 1.
+        TypeError: num_classes is no integer.
     """
 
     def __init__(self, num_classes: int, *, device: torch.device | str = "cpu") -> None:
@@ -235,7 +255,16 @@ class SingleLabelMetrics(MultiLabelMetrics):
         self._accuracy = TopKAccuracy(num_classes, [k for k in (1, 5) if k <= num_classes], device=device)
 
     def update(self, logits: Tensor, targets: Tensor | SparseTargets) -> None:
-        """Takes a batch, as `MultiLabelMetrics` does; images all of whose labels are unknown do not count."""
+        """Takes a batch, as `MultiLabelMetrics` does; images all of whose labels are unknown do not count.
+
+        Args:
+            logits: (B, C) of any float dtype.
+            targets: (B, C), or `SparseTargets`, with one positive an image; of dense ones a row of -1 is left out.
+
+        Raises:
+            ValueError: as of `MultiLabelMetrics.update`, or an image has not exactly one label.
+            TypeError: as of `MultiLabelMetrics.update`.
+        """
         super().update(logits, targets)
         if isinstance(targets, Tensor):
             known = (targets >= 0).any(1)
@@ -243,5 +272,12 @@ class SingleLabelMetrics(MultiLabelMetrics):
         self._accuracy.update(logits, targets)
 
     def compute(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
-        """All of both."""
+        """All of both, each as in `MultiLabelMetrics.compute` and `TopKAccuracy.compute`.
+
+        Args:
+            group: as in `MultiLabelMetrics.compute`.
+
+        Raises:
+            ValueError: no image was seen, or no class had a positive: there is nothing to average.
+        """
         return {**super().compute(group), **self._accuracy.compute(group)}

@@ -161,7 +161,8 @@ def head_from_public(
     Raises:
         CheckpointError: As of `load_public`, or if a key that tells a size is missing, or of a zero-shot head of group
             decoding.
-        ValueError: Word vectors of another width, or for a head that takes none.
+        ValueError: Word vectors of another width, or for a head that takes none; or an option does not fit the head.
+        TypeError: The source is none of the above, or word vectors are no floating tensor.
     """
     where = "head_from_public"
     if not isinstance(queries, str):

@@ -34,6 +34,9 @@ class QueryAugmentation(nn.Module):
 
     Draws come from torch's generator of the vectors' device, as those of dropout do: `torch.manual_seed` repeats them.
 
+    Raises:
+        ValueError: A number or the distribution does not fit; the message names it.
+
     Source:
         ML-Decoder, section 2.3.3 "Query augmentations", Table 3, Fig. 8.
     """
@@ -98,7 +101,10 @@ class QueryAugmentation(nn.Module):
             num_classes: C.
 
         Returns:
-            y (B, C + R), or `SparseTargets` of C + R classes.
+            y (B, C + R) in fp32, or `SparseTargets` of C + R classes.
+
+        Raises:
+            ValueError: In training with random queries, dense targets are not (B, C).
         """
         if not self.extra:
             return targets

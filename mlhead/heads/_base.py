@@ -35,6 +35,10 @@ class Head(nn.Module, ABC):
             labels are absent. `set_prior` takes one probability per class.
         loss: What `head(features, targets)` computes: a module of `mlhead.losses`, or any with their `options()`. By
             default `BinaryCrossEntropy()`. It may be assigned at any time and is in no state dict.
+
+    Raises:
+        ValueError: A width, number of classes or prior does not fit, or the loss has the reduction "none".
+        TypeError: A width or number of classes is no integer, or `loss` is no module with `options()`.
     """
 
     in_features: int
@@ -82,17 +86,34 @@ class Head(nn.Module, ABC):
 
         Returns:
             (B, C); with targets a scalar, fp32 (fp64 for a head in fp64).
+
+        Raises:
+            ValueError: A shape does not fit, `pre_logits` comes with targets, `sample_weight` or `ignore` without them,
+                or on the CPU a target's value is wrong. On CUDA wrong values end in an asynchronous device assertion.
+            TypeError: The features are no floating tensor or, outside autocast, of another dtype than the parameters;
+                or the targets are of no known form.
+            BackendError: An explicitly chosen backend cannot run this call.
         """
         raise NotImplementedError
 
     @abstractmethod
     def reset(self, num_classes: int) -> None:
-        """Makes the head one of `num_classes` classes, with a new last layer of the same dtype and device."""
+        """Makes the head one of `num_classes` classes, with a new last layer of the same dtype and device.
+
+        Raises:
+            ValueError: The number is below 1.
+            TypeError: The number is no integer.
+            RuntimeError: The head is sharded, by `mlhead.parallel.parallelize_head`.
+        """
         raise NotImplementedError
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draws all parameters anew."""
+        """Draws all parameters anew.
+
+        Raises:
+            RuntimeError: The head is sharded and has a prior.
+        """
         raise NotImplementedError
 
     @abstractmethod
@@ -105,6 +126,10 @@ class Head(nn.Module, ABC):
 
         Returns:
             Weights (B, K, L), at least 0, over the positions (row-major for maps).
+
+        Raises:
+            ValueError: A shape does not fit, or a class is out of range.
+            TypeError: The features are of a wrong type, as for `forward`, or the classes are no integers.
         """
         raise NotImplementedError
 
@@ -119,6 +144,13 @@ class Head(nn.Module, ABC):
         Returns:
             Scores (B, k), largest first, and classes (B, k) int64; of equal scores the lower class comes first. They
             carry no gradient.
+
+        Raises:
+            ValueError: k is not in [1, C], or a shape does not fit.
+            TypeError: k is no integer, the features are of a wrong type, as for `forward`, or the head takes no such
+                input.
+            BackendError: An explicitly chosen backend cannot run this call.
+            NotImplementedError: The head is a subclass of your own that gives no `_topk`.
         """
         where = type(self).__name__
         _check.check_positive(where, "k", k)
@@ -161,6 +193,10 @@ class Head(nn.Module, ABC):
         Args:
             prior: One probability in (0, 1) for all classes, or (C,), for example each class's share of the images.
                 Values are clamped to [1e-6, 1 - 1e-6], so that a class never seen does not get an infinite bias.
+
+        Raises:
+            ValueError: The head has no bias, or the shape is not (C,).
+            RuntimeError: The head is sharded.
         """
         self._refuse_shards("set_prior")
         bias, gain = self._bias_and_gain()

@@ -154,6 +154,11 @@ class DecoderHead(AttentionHead):
 
         The arguments are those of every `Head`, and key_mask (B, L) bool, True where a position may be attended, or
         None for all.
+
+        Raises:
+            ValueError: As of every `Head`, or key_mask does not fit.
+            TypeError: As of every `Head`, or key_mask is not bool.
+            BackendError: An explicitly chosen backend cannot run this call.
         """
         options = self._options(targets, pre_logits, sample_weight, ignore)
         memory = self._memory(features)
@@ -188,7 +193,13 @@ class DecoderHead(AttentionHead):
             key_mask: (B, L) bool, True where a position may be attended, or None for all.
 
         Returns:
-            (B, K, L), at least 0, each row of sum 1.
+            (B, K, L), at least 0, each row of sum 1; of 0 for an image whose every position is masked.
+
+        Raises:
+            ValueError: A shape does not fit, or a class is out of range.
+            TypeError: The features are of a wrong type, as for `forward`, the classes are no integers, or key_mask is
+                not bool.
+            BackendError: An explicitly chosen backend cannot run this call.
         """
         memory = self._memory(features)
         chosen = self._check_classes(classes, features) // self.duplicate_pooling.shape[2]

@@ -54,6 +54,11 @@ class CSRAHead(Head):
     State dict: `weight` (H, C, D), `bias` (H, C). `weight[i]` is `classifier.multi_head.<i>.head.weight` of public
     checkpoints, without the two axes of length 1.
 
+    Raises:
+        ValueError: A width, number of classes or heads, temperature, `lam`, `pooling` or prior does not fit, a prior
+            has no bias that counts, `lam` is 0 for "spatial", or the loss has the reduction "none".
+        TypeError: A width or number of classes or heads is no integer, or `loss` is no module with `options()`.
+
     Source:
         CSRA, Eq. 2-8 and 13, section 3.4; Tables 6 and 8.
     """
@@ -107,6 +112,13 @@ class CSRAHead(Head):
                 say which of them it belongs to. `with_max_score` takes it from the model.
             temperatures: The same classifier serves all of them.
 
+        Returns:
+            A head with `normalize=False`, of the sizes, the dtype and on the device of the classifier.
+
+        Raises:
+            TypeError: `linear` is neither a Linear nor a 1x1 Conv2d of one group.
+            ValueError: `lam` or a temperature does not fit.
+
         Source:
             CSRA, Fig. 1 and Table 1.
         """
@@ -133,7 +145,13 @@ class CSRAHead(Head):
         self._start_bias()
 
     def reset(self, num_classes: int) -> None:
-        """Replaces the classifiers by new ones of `num_classes` classes, of the same dtype and device."""
+        """Replaces the classifiers by new ones of `num_classes` classes, of the same dtype and device.
+
+        Raises:
+            ValueError: The number is below 1.
+            TypeError: The number is no integer.
+            RuntimeError: The head is sharded.
+        """
         self._refuse_shards("reset")
         _check.check_positive("CSRAHead", "num_classes", num_classes)
         weight = self.weight
@@ -155,7 +173,12 @@ class CSRAHead(Head):
         return self.bias, sum(average + (0.0 if self.pooling == "average" else lam) for lam in self._lams())
 
     def set_prior(self, prior: float | Tensor) -> None:
-        """As of `Head`; impossible where the weights of a bias in the logits add up to 0."""
+        """As of `Head`; impossible where the weights of a bias in the logits add up to 0.
+
+        Raises:
+            ValueError: These weights add up to 0, the head has no bias, or the shape is not (C,).
+            RuntimeError: The head is sharded.
+        """
         if self._bias_and_gain()[1] == 0:
             _check.fail("CSRAHead", "lam", "such that a bias counts in the logits, for a prior", self.lam)
         super().set_prior(prior)
@@ -172,7 +195,7 @@ class CSRAHead(Head):
         """Logits (B, C) of maps or tokens, which are read where they lie; with targets the loss by `csra_loss`.
 
         With `pre_logits` the mean of the features over the positions (B, D): the part of the pooling that is the same
-        for all classes. The arguments are those of every `Head`.
+        for all classes. Arguments and errors are those of every `Head`.
         """
         options = self._options(targets, pre_logits, sample_weight, ignore)
         self._check_features(features, self.weight)
@@ -209,6 +232,10 @@ class CSRAHead(Head):
             (B, K, L), at least 0, each row of sum 1; a head with T = inf puts 1 on the first maximal position. It is
             the same for every `pooling`, so for "average" it is where the class would look. To lay it over an image:
             `mlhead.visualize.heat_maps`.
+
+        Raises:
+            ValueError: A shape does not fit, or a class is out of range.
+            TypeError: The features are of a wrong type, as for `forward`, or the classes are no integers.
 
         Source:
             CSRA, Eq. 2, Fig. 4.

@@ -33,7 +33,9 @@ class GAPHead(Head):
     State dict: `fc.weight` (C, D), `fc.bias` (C).
 
     Raises:
-        ValueError: A width, number of classes, rate or prior does not fit; the message names it.
+        ValueError: A width, number of classes, rate or prior does not fit, a prior has no bias, or the loss has the
+            reduction "none"; the message names it.
+        TypeError: A width or number of classes is no integer, or `loss` is no module with `options()`.
     """
 
     def __init__(
@@ -59,7 +61,13 @@ class GAPHead(Head):
         self._start_bias()
 
     def reset(self, num_classes: int) -> None:
-        """Replaces the classifier by a new one of `num_classes` classes, of the same dtype and device."""
+        """Replaces the classifier by a new one of `num_classes` classes, of the same dtype and device.
+
+        Raises:
+            ValueError: The number is below 1.
+            TypeError: The number is no integer.
+            RuntimeError: The head is sharded.
+        """
         self._refuse_shards("reset")
         _check.check_positive("GAPHead", "num_classes", num_classes)
         weight = self.fc.weight
@@ -82,7 +90,7 @@ class GAPHead(Head):
     ) -> Tensor:
         """Logits (B, C), with targets the loss by `linear_loss`; the pooled features (B, D) if `pre_logits`.
 
-        The arguments are those of every `Head`.
+        Arguments and errors are those of every `Head`.
         """
         options = self._options(targets, pre_logits, sample_weight, ignore)
         self._check_features(features, self.fc.weight)
@@ -113,6 +121,10 @@ class GAPHead(Head):
 
         Returns:
             (B, K, L), at least 0, each row of sum 1; or of 0 where the class has no positive score anywhere.
+
+        Raises:
+            ValueError: A shape does not fit, or a class is out of range.
+            TypeError: The features are of a wrong type, as for `forward`, or the classes are no integers.
 
         Source:
             Zhou et al., Learning Deep Features for Discriminative Localization, Eq. 2, without the bias.

@@ -73,8 +73,10 @@ def plain_max_score(model_or_classifier: nn.Module, features: Tensor, lam: float
         (B, C), with a gradient to the features and to the classifier, as of any other op.
 
     Raises:
-        TypeError: There is no linear classifier, for example in a distilled model, which has two.
-        ValueError: The features do not fit, or lam is missing.
+        TypeError: There is no linear classifier, for example in a distilled model, which has two; or the features are
+            no floating tensor, or of another dtype than the classifier.
+        ValueError: The features do not fit, or lam is missing or not finite.
+        BackendError: An explicitly chosen backend cannot run this call.
 
     Source:
         CSRA, Fig. 1 and Table 1: `csra_pool` with one head, T = inf and no normalisation (Eq. 9).

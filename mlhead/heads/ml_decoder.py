@@ -43,6 +43,12 @@ class MLDecoder(DecoderHead):
     State dict: the keys of public checkpoints without `decoder.`: `layers.0.*`, `embed_standart.*` (sic),
     `query_embed.weight` (G, E), `duplicate_pooling` (G, E, J), `duplicate_pooling_bias` (C).
 
+    Raises:
+        ValueError: A width, number, rate, prior or name, or the shape of given queries, does not fit, or the loss has
+            the reduction "none"; the message names it.
+        TypeError: A width or number is no integer, given queries are of no floating dtype, or `loss` is no module with
+            `options()`.
+
     Numerics:
         Published code computes J as int(C / G + 0.999), which is not the ceiling at C = 2001, G = 2000; here it is.
 
@@ -97,6 +103,11 @@ class MLDecoder(DecoderHead):
                 min(number, C), None min(100, C).
             queries: New queries. By default they are kept if G stays, and drawn anew otherwise; given queries must
                 then be given anew.
+
+        Raises:
+            ValueError: A number is below 1, the queries do not fit, or they must be given anew.
+            TypeError: A number is no integer, or the queries are of no floating dtype.
+            RuntimeError: The head is sharded.
         """
         _check.check_positive("MLDecoder", "num_classes", num_classes)
         requested, full = self._requested, self._full

@@ -38,6 +38,12 @@ class TransformerDecoder(DecoderHead):
 
     State dict: as `MLDecoder`, with `layers.0.self_attn.*` beside the others and `duplicate_pooling` (C, E, 1).
 
+    Raises:
+        ValueError: A width, number, rate, prior or name, or the shape of given queries, does not fit, or the loss has
+            the reduction "none"; the message names it.
+        TypeError: A width or number is no integer, given queries are of no floating dtype, or `loss` is no module with
+            `options()`.
+
     Source:
         ML-Decoder, section 2.2, Eq. 2, Fig. 3 (left).
     """
@@ -83,5 +89,10 @@ class TransformerDecoder(DecoderHead):
         Args:
             num_classes: The new C.
             queries: New queries; given ones must be given anew if C changes. By default kept if C stays.
+
+        Raises:
+            ValueError: The number is below 1, the queries do not fit, or they must be given anew.
+            TypeError: The number is no integer, or the queries are of no floating dtype.
+            RuntimeError: The head is sharded.
         """
         self._reset_last(num_classes, num_classes, queries)

@@ -79,6 +79,12 @@ class ZeroShotMLDecoder(AttentionHead):
     group decoding: `query_proj.weight` W_a (E div J, W), `class_proj.weight` W_b^T (W, E). Loading a state dict brings
     its banks, of any size and name.
 
+    Raises:
+        ValueError: A width, number, rate or prior does not fit, J is above E, word vectors are not (C, W) with C > 0, a
+            bank's name is no identifier, or the loss has the reduction "none"; the message names it.
+        TypeError: A width or number is no integer, word vectors are no floating tensor, or `loss` is no module with
+            `options()`.
+
     Numerics:
         A group's query ends in zeros where it is not full, and where J does not divide E. The bias, one number for all
         classes, is not in the paper's formula of group decoding; it starts at 0 or at the prior.
@@ -168,6 +174,11 @@ class ZeroShotMLDecoder(AttentionHead):
             num_classes: The new C.
             word_vectors: Banks in the place of all that there are, as at construction. Without any, word vectors must
                 be given per call, or set.
+
+        Raises:
+            ValueError: The number is below 1, or word vectors or a bank's name do not fit, as at construction.
+            TypeError: The number is no integer, or word vectors are no floating tensor.
+            RuntimeError: The head is sharded.
         """
         where = "ZeroShotMLDecoder"
         self._refuse_shards("reset")
@@ -196,15 +207,29 @@ class ZeroShotMLDecoder(AttentionHead):
         return self._used if self._used in sizes else next(iter(sizes), None)
 
     def set_bank(self, name: str, word_vectors: Tensor) -> None:
-        """Adds a bank of word vectors (C, W), or replaces the one of that name. It is copied, and gets no gradient."""
+        """Adds a bank of word vectors (C, W), or replaces the one of that name. It is copied, and gets no gradient.
+
+        Raises:
+            ValueError: The name is no identifier, the shape is not (C, W) with C > 0, or the head is sharded and a
+                device would have no class.
+            TypeError: The word vectors are no floating tensor.
+        """
         self.banks.put(name, word_vectors)
 
     def bank(self, name: str | None = None) -> Tensor:
-        """The word vectors (C, W) of a bank, by default of the one in use."""
+        """The word vectors (C, W) of a bank, by default of the one in use; of a sharded head every device has to ask.
+
+        Raises:
+            ValueError: There is no bank of that name, or none at all.
+        """
         return self.banks.whole(self._rows(name)[1])
 
     def use(self, name: str) -> None:
-        """Takes the bank of that name from now on. No parameter changes."""
+        """Takes the bank of that name from now on. No parameter changes.
+
+        Raises:
+            ValueError: There is no bank of that name.
+        """
         self.banks.rows(name)
         self._used = name
 
@@ -219,7 +244,12 @@ class ZeroShotMLDecoder(AttentionHead):
         return self.duplicate_pooling_bias, 1.0
 
     def set_prior(self, prior: float | Tensor) -> None:
-        """As `Head.set_prior`; of a probability for each class the mean is taken, for the bias is one number."""
+        """As `Head.set_prior`; of a probability for each class the mean is taken, for the bias is one number.
+
+        Raises:
+            ValueError: The shape is not (C,).
+            RuntimeError: The head is sharded.
+        """
         values = torch.as_tensor(prior)
         if values.ndim:
             _check.check_shape("ZeroShotMLDecoder", "prior", values, "(C,)", (self.num_classes,))
@@ -341,6 +371,13 @@ class ZeroShotMLDecoder(AttentionHead):
 
         Returns:
             (B, C); in training with random queries (B, C + R), unless there are targets.
+
+        Raises:
+            ValueError: As of every `Head`, or word vectors or key_mask do not fit, there is no bank, or random queries
+                meet class indices (B,) or a sharded head.
+            TypeError: As of every `Head`, or word vectors are no floating tensor, or key_mask is not bool.
+            RuntimeError: The head is sharded, for `pre_logits`.
+            BackendError: An explicitly chosen backend cannot run this call.
         """
         if self._shards is not None and not self._in_call:
             given = {"pre_logits": pre_logits, "sample_weight": sample_weight, "ignore": ignore, "key_mask": key_mask}
@@ -382,6 +419,12 @@ class ZeroShotMLDecoder(AttentionHead):
         Returns:
             Scores (B, k), largest first, and classes (B, k) int64; of equal scores the lower class comes first. They
             carry no gradient.
+
+        Raises:
+            ValueError: k is not in [1, C], a shape does not fit, or there is no bank.
+            TypeError: k is no integer, the features are of a wrong type, as for `forward`, word vectors are no floating
+                tensor, or key_mask is not bool.
+            BackendError: An explicitly chosen backend cannot run this call.
         """
         memory, classes = self._memory(features), self._classes(word_vectors)
         shard, all_classes = self._call_shard(word_vectors), self.num_classes
@@ -419,7 +462,14 @@ class ZeroShotMLDecoder(AttentionHead):
             word_vectors: (C, W) in the place of the bank in use.
 
         Returns:
-            (B, K, L), at least 0, each row of sum 1.
+            (B, K, L), at least 0, each row of sum 1; of 0 for an image whose every position is masked.
+
+        Raises:
+            ValueError: A shape does not fit, a class is out of range, or there is no bank.
+            TypeError: The features are of a wrong type, as for `forward`, the classes are no integers, word vectors are
+                no floating tensor, or key_mask is not bool.
+            RuntimeError: The head is sharded.
+            BackendError: An explicitly chosen backend cannot run this call.
         """
         self._refuse_shards("attention_maps")
         memory, found = self._memory(features), self._classes(word_vectors)

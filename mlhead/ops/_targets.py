@@ -23,7 +23,8 @@ def may_read_values(*tensors: Tensor | None) -> bool:
 class SparseTargets(NamedTuple):
     """The labels of a batch as lists of classes: what a million classes need instead of a dense (B, C) tensor.
 
-    Make one with `from_lists`, `from_dense` or `from_csr`, which check and sort; DataLoader pins its tensors.
+    Make one with `from_lists`, `from_dense` or `from_csr`, which sort; DataLoader pins its tensors. `from_lists` checks
+    what it is given; all else is checked where it is used, by `check`.
 
     Args:
         indices: Classes (N), int64, those of an image one after another in ascending order, each once.
@@ -54,7 +55,8 @@ class SparseTargets(NamedTuple):
             ignore: B lists of classes whose label is unknown, or None.
 
         Raises:
-            ValueError: A class is out of range, or is listed twice for an image; the message names the row.
+            ValueError: A class is out of range, or is listed twice for an image; the message names the row. Or `ignore`
+                has another number of lists than `positives`.
         """
         if ignore is not None and len(ignore) != len(positives):
             _check.fail("SparseTargets", "ignore", f"{len(positives)} lists like positives", len(ignore))
@@ -72,7 +74,16 @@ class SparseTargets(NamedTuple):
 
     @classmethod
     def from_dense(cls, targets: Tensor, *, ignore: Tensor | None = None) -> SparseTargets:
-        """Targets of a dense y (B, C) in [0, 1] and a mask (B, C) of unknown labels, or None."""
+        """Targets of a dense y (B, C), whose values are not checked here.
+
+        Args:
+            targets: y (B, C) in [0, 1], or -1 for an unknown label; bool, integer or floating.
+            ignore: (B, C) bool, True for an unknown label, or None.
+
+        Raises:
+            ValueError: y does not have two axes.
+            RuntimeError: The mask is not bool, or does not fit y.
+        """
         y = targets if targets.is_floating_point() else targets.to(torch.float32)
         y = y if ignore is None else y.masked_fill(ignore, -1.0)
         rows, indices = y.nonzero(as_tuple=True)
@@ -83,7 +94,11 @@ class SparseTargets(NamedTuple):
 
     @classmethod
     def from_csr(cls, targets: Tensor) -> SparseTargets:
-        """Targets of a torch sparse CSR tensor (B, C), whose values are y."""
+        """Targets of a torch sparse CSR tensor (B, C), whose values are y, floating; they are not checked here.
+
+        Raises:
+            TypeError: The tensor is not sparse CSR of two axes.
+        """
         if targets.layout != torch.sparse_csr or targets.ndim != 2:
             _check.fail("SparseTargets", "targets", "a torch.sparse_csr tensor (B, C)", targets.layout, TypeError)
         indices, offsets = targets.col_indices().long(), targets.crow_indices().long()
@@ -95,7 +110,7 @@ class SparseTargets(NamedTuple):
         return self.offsets.shape[0] - 1
 
     def rows(self) -> Tensor:
-        """The image (N) that each entry belongs to."""
+        """The image in [0, B) that each entry belongs to, (N) int64."""
         entries = torch.arange(self.indices.shape[0], device=self.indices.device)
         return torch.searchsorted(self.offsets, entries, right=True) - 1
 
@@ -108,7 +123,14 @@ class SparseTargets(NamedTuple):
         return SparseTargets(indices, offsets, values, self.num_classes)  # type: ignore[arg-type]
 
     def to_dense(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Dense y (B, C), -1 where the label is unknown."""
+        """Dense y (B, C), -1 where the label is unknown.
+
+        Args:
+            dtype: Of y. A bool or unsigned one cannot hold the -1, nor an integer one a y between 0 and 1.
+
+        Raises:
+            IndexError: On the CPU a class is out of range, which `check` would have said.
+        """
         y = torch.zeros(self.batch, self.num_classes, dtype=dtype, device=self.indices.device)
         values = torch.ones((), dtype=dtype, device=y.device) if self.values is None else self.values.to(dtype)
         return y.index_put_((self.rows(), self.indices), values)
@@ -121,7 +143,15 @@ class SparseTargets(NamedTuple):
     def check(self, where: str, argument: str) -> None:
         """That indices and offsets are what `SparseTargets` says, on a CPU with the row of what is wrong.
 
-        On a GPU an asynchronous assertion does, without the row; while something traces nothing is checked.
+        On a GPU an asynchronous assertion does, without the row; while something traces the numbers are not checked.
+
+        Args:
+            where: What takes the targets, for the message.
+            argument: What they are called there.
+
+        Raises:
+            TypeError: Indices or offsets are no int64 tensor of one axis.
+            ValueError: The values are not floating (N), or on the CPU a number does not fit.
         """
         indices, offsets, values, C = self
         for name, tensor in (("indices", indices), ("offsets", offsets)):

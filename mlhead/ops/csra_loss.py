@@ -84,8 +84,8 @@ def csra_loss(
         the scratch. Deterministic.
 
     Memory:
-        Beyond inputs and gradients the scratch of `csra_pool` (8 MiB on a CPU, 24 MiB on a GPU), a copy of a chunk's
-        classifiers where H > 1, and in 16 bits the fp32 sum of the gradient that is added up over chunks.
+        Beyond inputs and gradients the scratch of `csra_pool` (8 MiB on a CPU, up to 128 MiB on a GPU), a copy of a
+        chunk's classifiers where H > 1, and in 16 bits the fp32 sum of the gradient that is added up over chunks.
 
     Source:
         CSRA, Eq. 2-8, 13 and section 3.4; the gradients are made in the forward pass, see docs/loss.md.

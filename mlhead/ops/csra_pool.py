@@ -169,12 +169,12 @@ def csra_pool(
 
     Memory:
         Scores that take more than a constant (8 MiB on a CPU, 128 MiB on a GPU) never exist whole, forward or backward:
-        beyond inputs, output and gradients an op takes a scratch (8 MiB, 24 MiB on a GPU), B C H fp32 statistics
-        (Triton's fused forward: four for each tile that an image touches), and in 16 bits, where gradients are added
-        up in chunks, an fp32 copy of the smaller one. Fewer scores are kept for backward, and there are as many
-        gradients of them. Under
-        torch.func and for gradients of gradients the reference keeps all scores. Maps (B, D, height, width) are read
-        where they lie; on a GPU, contiguous ones in the chunked form are copied, at most 24 MiB at a time.
+        beyond inputs, output and gradients an op takes a scratch (8 MiB; on a GPU 24 MiB forward and up to 128 MiB
+        backward), B C H fp32 statistics (Triton's fused forward: four for each tile that an image touches), and in 16
+        bits, where gradients are added up in chunks, an fp32 copy of the smaller one. Fewer scores are kept for
+        backward, and there are as many gradients of them. Under torch.func and for gradients of gradients the
+        reference keeps all scores. Maps (B, D, height, width) are read where they lie; on a GPU, contiguous ones in
+        the chunked form are copied, no more of them at a time than the scratch has bytes.
 
     Source:
         CSRA, Eq. 2-8, 13 and section 3.4; Fig. 1 is H = 1, T = inf, normalize=False on a trained classifier.
@@ -205,7 +205,8 @@ def csra_attention(
         (B, H, K, L), non-negative, summing to 1 over L. A bias would change nothing and is not taken.
 
     Raises:
-        ValueError: A shape, a temperature or a class index does not fit.
+        ValueError: A shape, a device, a temperature, or on the CPU a class index, does not fit.
+        TypeError: x or weight is no floating tensor, the dtypes differ, or the classes are no integers.
     """
     x = as_tokens("csra_attention", x)
     if is_autocasting(x.device.type):

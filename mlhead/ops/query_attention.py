@@ -177,8 +177,8 @@ def query_attention_weights(q: Tensor, k: Tensor, num_heads: int, *, key_mask: T
         (B, G, L), non-negative, summing to 1 over L; 0 for an image whose every position is masked.
 
     Raises:
-        ValueError: A shape or num_heads does not fit.
-        TypeError: q is no floating tensor, or the dtypes differ.
+        ValueError: A shape, a device or num_heads does not fit.
+        TypeError: q or k is no floating tensor, the dtypes differ, or the mask is not bool.
 
     Source:
         ML-Decoder, Fig. 3: the weights of its cross-attention, as `nn.MultiheadAttention` averages it.

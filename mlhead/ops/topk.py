@@ -149,7 +149,12 @@ def linear_topk(
 
     Returns:
         Scores (B, k) and classes (B, k) as of `group_fc_topk`, of which this is one group of C classes; what it says
-        of errors, numerics and memory holds here too.
+        of numerics and memory holds here too.
+
+    Raises:
+        ValueError: A shape, a device or k does not fit; the message names the argument.
+        TypeError: An argument is no floating tensor, the dtypes differ, or k is no integer.
+        BackendError: An explicitly chosen backend cannot run this call.
     """
     where = "linear_topk"
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"
@@ -259,7 +264,12 @@ def linear_select(x: Tensor, weight: Tensor, bias: Tensor | None, classes: Tenso
         classes: (K) or (B, K), as for `group_fc_select`.
 
     Returns:
-        Logits (B, K) as of `group_fc_select`; what it says of errors, memory and numerics holds here too.
+        Logits (B, K) as of `group_fc_select`; what it says of memory and numerics holds here too.
+
+    Raises:
+        ValueError: A shape or device does not fit, or on the CPU a class is out of range; the message names the
+            argument. On CUDA a class out of range ends in a device assertion.
+        TypeError: An argument is no floating tensor, the dtypes differ, or classes are no integers.
     """
     where = "linear_select"
     device_type = x.device.type if isinstance(x, Tensor) else "cpu"

@@ -35,6 +35,7 @@ class ClassAdafactor(ClassOptimizer):
 
     Raises:
         ValueError: An option or the shape of a parameter does not fit; the message names it.
+        TypeError: A parameter is no floating tensor, or `block_numbers` is no integer.
 
     Source:
         Shazeer and Stern, Adafactor (2018), without momentum, as `torch.optim.Adafactor`.

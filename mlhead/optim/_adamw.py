@@ -27,6 +27,7 @@ class ClassAdamW(ClassOptimizer):
 
     Raises:
         ValueError: An option or the shape of a parameter does not fit; the message names it.
+        TypeError: A parameter is no floating tensor, or `block_numbers` is no integer.
 
     Source:
         Loshchilov and Hutter, Decoupled weight decay regularization (2019).

@@ -65,6 +65,10 @@ class ClassOptimizer(Optimizer):
     Attributes:
         loss_scale: What the loss was multiplied by before backward, a number or a scalar tensor; 1 by default. Not part
             of `state_dict`.
+
+    Raises:
+        ValueError: An option or the shape of a parameter does not fit, there is no parameter, or one is in two groups.
+        TypeError: A parameter is no floating tensor, or `block_numbers` is no integer.
     """
 
     def __init__(
@@ -91,7 +95,12 @@ class ClassOptimizer(Optimizer):
         _check.fail(type(self).__name__, argument, must, got, error)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As of `torch.optim.Optimizer`, with checks."""
+        """As of `torch.optim.Optimizer`, with checks; a group that fails them is not added.
+
+        Raises:
+            ValueError: As at construction.
+            TypeError: As at construction, or the group is no dictionary.
+        """
         before = len(self.param_groups)
         super().add_param_group(param_group)
         try:
@@ -128,7 +137,11 @@ class ClassOptimizer(Optimizer):
         return None
 
     def check_update(self, where: str, parameter: Tensor, num_classes: int) -> None:
-        """Raises an error unless `parameter` is one of the optimizer's and had the same C in earlier steps."""
+        """That `parameter` is one of the optimizer's and had the same C in earlier steps.
+
+        Raises:
+            ValueError: It is not, or C was another.
+        """
         if self._find(parameter) is None:
             _check.fail(where, "weight", "itself one of the parameters of `update`", "another tensor")
         before = self.state[parameter]["num_classes"] if parameter in self.state else num_classes
@@ -136,7 +149,11 @@ class ClassOptimizer(Optimizer):
             _check.fail(where, "num_classes", f"{before}, as in earlier steps with `update`", num_classes)
 
     def check_backward(self, parameter: Tensor) -> None:
-        """Raises an error if the parameter was updated in this step already."""
+        """That the parameter was not yet updated in this step.
+
+        Raises:
+            RuntimeError: It was.
+        """
         if id(parameter) in self._updated:
             raise RuntimeError(
                 f"{type(self).__name__}: step() must be called between two backward passes, got a second one: "
@@ -183,6 +200,9 @@ class ClassOptimizer(Optimizer):
         Args:
             closure: Computes the loss and its gradients once more, as for `torch.optim`.
 
+        Returns:
+            What `closure` returned, or None.
+
         Raises:
             RuntimeError: There was no backward since the last step, or a weight has a gradient that did not come
                 through `update=` and would be ignored.
@@ -204,7 +224,11 @@ class ClassOptimizer(Optimizer):
         return loss
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As of `torch.optim.Optimizer`, but each state keeps its own dtype, and is copied."""
+        """As of `torch.optim.Optimizer`, but each state keeps its own dtype, and is copied.
+
+        Raises:
+            ValueError: The numbers of groups, or of parameters in a group, differ.
+        """
         super().load_state_dict({**state_dict, "state": {}})
         ids = [i for group in state_dict["param_groups"] for i in group["params"]]
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]

@@ -29,6 +29,10 @@ def clip_grad_norm_(
 
     Returns:
         The norm before, a scalar; the same on all devices.
+
+    Raises:
+        ValueError: `max_norm` is not above 0.
+        RuntimeError: The norm is infinite or NaN, with `error_if_nonfinite`; no gradient has been scaled then.
     """
     if not max_norm > 0:
         _check.fail("clip_grad_norm_", "max_norm", "above 0", max_norm)

@@ -52,7 +52,8 @@ def parallelize_head(head: Any, mesh: DeviceMesh, *, input_layouts: Placement | 
 
     Raises:
         TypeError: The head, the mesh or the layout is of another kind.
-        ValueError: The head is sharded already, or has fewer groups of word vectors than there are devices.
+        ValueError: The mesh has more than two axes, or two without names; or the head is sharded already, or has a bank
+            of which a device would get no group of word vectors.
 
     Numerics:
         Those of the head, but for the order in which the gradient of the features and the loss are summed; under

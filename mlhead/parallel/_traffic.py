@@ -118,7 +118,7 @@ def step_traffic(
         `StepTraffic`. All of it is for features that need a gradient.
 
     Raises:
-        TypeError: The head or the layout is of another kind.
+        TypeError: The head or the layout is of another kind, or a number is no integer.
         ValueError: A number is not positive.
     """
     if not isinstance(head, (GAPHead, CSRAHead, DecoderHead, ZeroShotMLDecoder)):
