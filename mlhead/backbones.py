@@ -94,12 +94,7 @@ class HeadedModel(nn.Module):
         if options and not self._takes_targets:
             _check.fail("HeadedModel", "head", "one that takes targets, for a loss", type(self.head).__name__)
         features, mask = self._features(x)
-        if mask is not None:
-            if not self._takes_mask:
-                must = "one that takes key_mask, for masked patches"
-                _check.fail("HeadedModel", "head", must, type(self.head).__name__)
-            options["key_mask"] = mask
-        return self.head(features, **options)
+        return self.head(features, **options, **self._mask_option(mask))
 
     def attention_maps(self, x: Any, classes: Tensor | Sequence[int]) -> Tensor:
         """Where the chosen classes look: the head's weights (B, K, L) over the positions of its features.
@@ -109,15 +104,24 @@ class HeadedModel(nn.Module):
             classes: Class indices, (K,) for all images or (B, K) for each its own.
 
         Raises:
-            ValueError: As of the head, or the backbone gives neither a map nor tokens.
+            ValueError: As of the head; or it takes no key_mask for masked patches, or the backbone gives neither a map
+                nor tokens.
             TypeError: As of the head.
             RuntimeError: The head is a sharded one for word vectors.
             BackendError: An explicitly chosen backend cannot run this call.
             AttributeError: The head has no `attention_maps`.
         """
         features, mask = self._features(x)
-        options = {} if mask is None or not self._takes_mask else {"key_mask": mask}
-        return self.head.attention_maps(features, classes, **options)  # type: ignore[operator]
+        return self.head.attention_maps(features, classes, **self._mask_option(mask))  # type: ignore[operator]
+
+    def _mask_option(self, mask: Tensor | None) -> dict[str, Tensor]:
+        """The argument of the head that says which patches are none."""
+        if mask is None:
+            return {}
+        if not self._takes_mask:
+            must = "one that takes key_mask, for masked patches"
+            _check.fail("HeadedModel", "head", must, type(self.head).__name__)
+        return {"key_mask": mask}
 
     def get_classifier(self) -> nn.Module:
         """The head, under timm's name for it."""

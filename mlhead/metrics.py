@@ -255,7 +255,7 @@ class SingleLabelMetrics(MultiLabelMetrics):
         self._accuracy = TopKAccuracy(num_classes, [k for k in (1, 5) if k <= num_classes], device=device)
 
     def update(self, logits: Tensor, targets: Tensor | SparseTargets) -> None:
-        """Takes a batch, as `MultiLabelMetrics` does; images all of whose labels are unknown do not count.
+        """Takes a batch, as `MultiLabelMetrics` does; images all of whose dense labels are unknown do not count.
 
         Args:
             logits: (B, C) of any float dtype.
@@ -265,11 +265,14 @@ class SingleLabelMetrics(MultiLabelMetrics):
             ValueError: as of `MultiLabelMetrics.update`, or an image has not exactly one label.
             TypeError: as of `MultiLabelMetrics.update`.
         """
-        super().update(logits, targets)
+        # Both take the batch or neither does.
+        check_batch("SingleLabelMetrics", logits, targets, self.num_classes)
         if isinstance(targets, Tensor):
             known = (targets >= 0).any(1)
-            logits, targets = logits[known], targets[known]
-        self._accuracy.update(logits, targets)
+            self._accuracy.update(logits[known], targets[known])
+        else:
+            self._accuracy.update(logits, targets)
+        super().update(logits, targets)
 
     def compute(self, group: dist.ProcessGroup | None = None) -> dict[str, float]:
         """All of both, each as in `MultiLabelMetrics.compute` and `TopKAccuracy.compute`.

@@ -251,6 +251,13 @@ def check_banks() -> None:
     vectors = torch.randn(15, 6, dtype=torch.float64)
     given = (head(s.features, word_vectors=vectors) for head in (s.sharded, s.whole))
     _close("logits of given vectors", *given)
+    # A device has memory for its own rows, none of it the caller's.
+    s.sharded.set_bank("train", vectors)
+    for name in ("train", "more"):
+        rows = s.sharded.banks.rows(name)
+        assert rows.untyped_storage().nbytes() == rows.numel() * rows.element_size(), name
+    vectors.zero_()
+    assert s.sharded.bank("train").abs().min() > 0
 
 
 def check_copy(kind: str) -> None:
@@ -322,6 +329,17 @@ def check_meta() -> None:
     for parameter in head.parameters():
         torch.nn.init.constant_(parameter, 0.01)
     assert head(torch.ones(2, L, D)).shape == (2, 10)
+    options: dict[type[nn.Module], dict[str, Any]] = {GAPHead: {}, CSRAHead: {"bias": True}, MLDecoder: DECODER}
+    for kind, own in options.items():
+        with torch.device("meta"):
+            head = kind(D, 10, prior=0.02, **own)
+        parallelize_head(head, init_device_mesh("cpu", (dist.get_world_size(),))).to_empty(device="cpu")
+        head.reset_parameters()
+        with torch.no_grad():
+            for name, parameter in head.named_parameters():
+                if name in ("fc.weight", "weight", "duplicate_pooling"):
+                    parameter.zero_()
+        torch.testing.assert_close(head(torch.ones(2, L, D)).sigmoid(), torch.full((2, 10), 0.02))
 
 
 def check_errors() -> None:

@@ -300,6 +300,8 @@ def test_naflexvit_patches_with_a_validity_mask() -> None:
     other = HeadedModel(headed.backbone, headed.norm, GAPHead(64, C), 64)
     with pytest.raises(ValueError, match="head must be one that takes key_mask, for masked patches, got GAPHead"):
         other(padded)
+    with pytest.raises(ValueError, match="head must be one that takes key_mask, for masked patches, got GAPHead"):
+        other.attention_maps(padded, [0])
 
 
 def test_training_modes_are_kept() -> None:

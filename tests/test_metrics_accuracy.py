@@ -88,3 +88,14 @@ def test_single_label_metrics_are_both() -> None:
     few.update(torch.eye(2), torch.eye(2))
     assert few.compute()["top1"] == 1.0
     assert "top5" not in few.compute()
+
+
+def test_single_label_metrics_take_a_batch_whole_or_not_at_all() -> None:
+    metrics = SingleLabelMetrics(3)
+    metrics.update(torch.eye(3), torch.eye(3))
+    before = metrics.compute()
+    wrong = ((torch.eye(3), torch.ones(3, 3)), (torch.eye(3), torch.eye(2)), (torch.eye(3) / 0, torch.eye(3)))
+    for logits, targets in wrong:
+        with pytest.raises(ValueError, match="must be"):
+            metrics.update(logits, targets)
+    assert metrics.compute() == before

@@ -109,11 +109,7 @@ class Head(nn.Module, ABC):
 
     @abstractmethod
     def reset_parameters(self) -> None:
-        """Draws all parameters anew.
-
-        Raises:
-            RuntimeError: The head is sharded and has a prior.
-        """
+        """Draws all parameters anew."""
         raise NotImplementedError
 
     @abstractmethod
@@ -214,12 +210,12 @@ class Head(nn.Module, ABC):
 
     def _start_bias(self) -> None:
         """The bias at the start: 0, or at the prior."""
-        if self.prior is not None:
+        if self.prior is not None and self._shards is None:
             self.set_prior(self.prior)
             return
-        bias, _ = self._bias_and_gain()
+        bias, gain = self._bias_and_gain()
         if bias is not None:
-            nn.init.zeros_(bias)
+            nn.init.constant_(bias, 0.0 if self.prior is None else math.log(self.prior / (1.0 - self.prior)) / gain)
 
     def _options(self, targets: Any, pre_logits: bool, sample_weight: Any, ignore: Any) -> dict[str, Any]:
         """The options of the op that computes the loss; {} without targets."""

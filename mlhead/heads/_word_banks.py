@@ -40,9 +40,12 @@ class WordBanks(nn.Module):
             _check.fail(where, "name", "an identifier that names a bank, as 'train'", repr(name))
         self.check(where, vectors)
         assert isinstance(self._like, Tensor)
-        vectors = vectors.detach().to(self._like.device, self._like.dtype)
-        rows = self.own(self.padded(vectors), len(vectors))
-        self.register_buffer(_ROWS + name, rows.clone() if rows is vectors else rows, persistent=False)
+        given = vectors.detach()
+        padded = self.padded(given.to(self._like.device, self._like.dtype))
+        rows = self.own(padded, len(given))
+        # Neither the caller's memory nor, for a part of the rows, that of all.
+        rows = rows.clone() if padded is given or rows is not padded else rows
+        self.register_buffer(_ROWS + name, rows, persistent=False)
         self.sizes[name] = len(vectors)
 
     def check(self, where: str, vectors: Any) -> None:
