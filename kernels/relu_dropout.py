@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ._device import device_guard
 from ._dropout import dropout_arguments
-from .dropout_add_layer_norm import dropout_factor, dropout_keys
+from ._dropout_add_layer_norm import dropout_factor, dropout_keys
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from mlhead import _backend
 
 pytest.importorskip("triton")
 
+from mlhead.kernels import _class_loss as shared
 from mlhead.kernels import class_loss as kernels
 from mlhead.kernels._device import H100, Device
 
@@ -57,7 +58,7 @@ def test_every_loss(loss: str, targets: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("block", BLOCKS, ids=str)
 def test_every_block(block: Block, loss: str, targets: str, splits: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     if not splits:
-        monkeypatch.setattr(kernels, "device_of", lambda tensor: Device(90, 0, 0))
+        monkeypatch.setattr(shared, "device_of", lambda tensor: Device(90, 0, 0))
     problem = Problem(block, torch.float32, loss, targets, DEVICE)
     expect(problem, run(problem.copy()))
 
@@ -150,7 +151,7 @@ def test_nothing(shape: tuple[int, int, int]) -> None:
 def test_tiles_hold_no_fewer_logits_than_threads() -> None:
     for g in (1, 2, 80, 100):
         for n, loss in itertools.product((1, 13, 97, 1000, 100_000), ("bce", "asl", "softmax")):
-            tile = kernels.loss_tile(g, n, loss)
+            tile = shared.loss_tile(g, n, loss)
             numbers = tile.BLOCK_I * tile.BLOCK_N
             assert 32 * tile.num_warps <= numbers <= 1024
             assert n >= 512 or tile.BLOCK_N >= n
@@ -161,7 +162,7 @@ def test_tiles_hold_no_fewer_logits_than_threads() -> None:
 def test_programs(device: Device) -> None:
     for tiles in (1, 2, 9, 1000):
         for b in (1, 7, 256, 100_000):
-            per_program = kernels.tiles_per_program(tiles, b, device)
+            per_program = shared.tiles_per_program(tiles, b, device)
             splits = -(-tiles // per_program)
             assert 1 <= per_program <= tiles
             assert splits == 1 or b * splits <= 8 * device.multiprocessors

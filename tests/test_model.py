@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from mlhead.kernels.group_fc import Tile
+from mlhead.kernels._group_fc import Tile
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from benchmarks import model, records, tune
@@ -397,7 +397,7 @@ def test_noise_and_losses_elsewhere_propose_nothing():
         (
             "csra_loss", "both",
             {"csra_pool.pool_tile": ["csra_pool_scores_kernel", "csra_pool_scores_backward_kernel"],
-             "class_loss.loss_tile": ["class_loss_gradient_kernel"]},
+             "_class_loss.loss_tile": ["class_loss_gradient_kernel"]},
         ),
     ],
 )  # fmt: skip

@@ -119,7 +119,7 @@ def _launch(trial: Trial) -> None:
     if site.op == "csra_loss":
         _launch_csra_loss(trial)
         return
-    if site.module == "class_loss":
+    if site.module == "_class_loss":
         _launch_loss(trial)
         return
     case = CASES[site.op]

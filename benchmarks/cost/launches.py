@@ -22,8 +22,8 @@ def _group_fc(p: Problem, pick: Picker) -> Passes:
     facts = (B, E, J, p.element_bytes)
     h, weight, dlogits = E % 16 == 0, J % 16 == 0, C % 16 == 0
     forward = pick("group_fc.forward_tile", *facts, h and weight, device)
-    dh = pick("group_fc.dh_tile", *facts, dlogits and weight, device)
-    dweight = pick("group_fc.dweight_tile", *facts, dlogits and h, device)
+    dh = pick("group_fc_backward.dh_tile", *facts, dlogits and weight, device)
+    dweight = pick("group_fc_backward.dweight_tile", *facts, dlogits and h, device)
     return {
         "forward": [replace(products.group_fc_forward(p, forward, h and weight), site="forward_tile")],
         "backward": [
@@ -119,8 +119,8 @@ def _attention(p: Problem, pick: Picker) -> Passes:
 
 
 def _norm(p: Problem, pick: Picker) -> Passes:
-    tiles = (pick(f"dropout_add_layer_norm.{name}_tile", p["E"]) for name in ("forward", "backward"))
-    forward, backward = tiles
+    forward = pick("dropout_add_layer_norm.forward_tile", p["E"])
+    backward = pick("dropout_add_layer_norm_backward.backward_tile", p["E"])
     return {"forward": [rows.norm_forward(p, forward)], "backward": rows.norm_backward(p, backward)}
 
 
@@ -149,7 +149,7 @@ def _loss(p: Problem, pick: Picker) -> Passes:
     both: list[Work] = []
     blocks = loss_blocks(p)
     for (g, n), times in blocks.items():
-        tile = pick("class_loss.loss_tile", g, n, loss)
+        tile = pick("_class_loss.loss_tile", g, n, loss)
 
         def product(m: int, columns: int, k: int, dram: float, g: int = g, times: int = times) -> Work:
             work = products.vendor_product(p, m, columns, k, dram, times)
@@ -194,7 +194,7 @@ def _csra_loss(p: Problem, pick: Picker) -> Passes:
     for b, n, times in chunks:
         product, pooled = _pooled(p, pick, b, H * n, times, False)
         logits = [products.torch_pass("logits", 4.0 * (H + 1) * b * n, times)] if H > 1 else []
-        tile = pick("class_loss.loss_tile", 1, n, loss)
+        tile = pick("_class_loss.loss_tile", 1, n, loss)
         block = replace(p, dims={**p.dims, "B": b}, element_bytes=4)
         gradient = rows.loss_kernel(block, tile, 1, n, loss, False, times)
         statistics = rows.loss_kernel(block, tile, 1, n, loss, True, times)

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from mlhead.kernels import csra_pool, csra_pool_fused, group_fc
+from mlhead.kernels import _device, csra_pool, csra_pool_fused, group_fc_backward
+from mlhead.kernels._group_fc import Tile
 
 from .devices import ASSUMED, Device, Resources, Work
 
@@ -113,7 +114,7 @@ def _tile_product(
     )  # fmt: skip
 
 
-def group_fc_forward(p: Problem, t: group_fc.Tile, vector: bool) -> Work:
+def group_fc_forward(p: Problem, t: Tile, vector: bool) -> Work:
     """G ceil(J / BLOCK_J) ceil(B / BLOCK_B) programs of ceil(E / BLOCK_E) products of the tile.
 
     Memory: h, weight, bias and logits once. L2, for a program: (b + j) E elements read, b j written.
@@ -132,12 +133,12 @@ def group_fc_forward(p: Problem, t: group_fc.Tile, vector: bool) -> Work:
 
 def _parts(programs: int, steps: int, p: Problem, block: int, size: int) -> tuple[int, int]:
     """Parts of a split loop, and the steps of each, as the launchers cut it."""
-    device = group_fc.Device(p.device.capability, p.device.multiprocessors, p.device.program_bytes)
-    split = math.ceil(steps / group_fc.splits(programs, steps, device)) * block
+    device = _device.Device(p.device.capability, p.device.multiprocessors, p.device.program_bytes)
+    split = math.ceil(steps / group_fc_backward.splits(programs, steps, device)) * block
     return math.ceil(size / split), split // block
 
 
-def group_fc_dh(p: Problem, t: group_fc.Tile, vector: bool) -> list[Work]:
+def group_fc_dh(p: Problem, t: Tile, vector: bool) -> list[Work]:
     """Parts G ceil(E / BLOCK_E) ceil(B / BLOCK_B) programs of their share of ceil(J / BLOCK_J) products.
 
     Memory: dlogits, weight and dh once, and where the loop is split its fp32 parts written, read and rounded.
@@ -155,7 +156,7 @@ def group_fc_dh(p: Problem, t: group_fc.Tile, vector: bool) -> list[Work]:
     return [work, *add_parts(p, parts, B * G * E)]
 
 
-def group_fc_dweight(p: Problem, t: group_fc.Tile, vector: bool) -> list[Work]:
+def group_fc_dweight(p: Problem, t: Tile, vector: bool) -> list[Work]:
     """Parts G ceil(E / BLOCK_E) ceil(J / BLOCK_J) programs of their share of ceil(B / BLOCK_B) products.
 
     Memory: dlogits, h and dweight once, and where the loop is split its fp32 parts written, read and rounded.

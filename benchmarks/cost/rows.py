@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 
-from mlhead.kernels import class_loss, dropout_add_layer_norm, relu_dropout
+from mlhead.kernels import _class_loss, _device, dropout_add_layer_norm_backward, relu_dropout
+from mlhead.kernels._dropout_add_layer_norm import RowTile
 
 from .devices import Resources, Work
 from .products import HASH, Problem, assumed, torch_pass, width
@@ -12,7 +13,7 @@ from .products import HASH, Problem, assumed, torch_pass, width
 LOSS_OPERATIONS = {"bce": 45.0, "asl": 100.0, "softmax": 25.0}
 
 
-def norm_forward(p: Problem, t: dropout_add_layer_norm.RowTile) -> Work:
+def norm_forward(p: Problem, t: RowTile) -> Work:
     """ceil(B N / BLOCK_R) programs; x and residual read, out written. 12 operations a number.
 
     A row of several warps is summed twice through shared memory, a fifth of a round each.
@@ -29,14 +30,14 @@ def norm_forward(p: Problem, t: dropout_add_layer_norm.RowTile) -> Work:
     )  # fmt: skip
 
 
-def norm_backward(p: Problem, t: dropout_add_layer_norm.RowTile) -> list[Work]:
+def norm_backward(p: Problem, t: RowTile) -> list[Work]:
     """ceil(B N / rows of a run) programs of one tile after another; dout, x, residual read, dx and dresidual written.
 
     The fp32 parts of dweight and dbias are written and summed. 25 operations a number; rows of several warps as in
     forward.
     """
     rows, E = p["B"] * p["N"], p["E"]
-    run = dropout_add_layer_norm.rows_per_run(rows, E, t)
+    run = dropout_add_layer_norm_backward.rows_per_run(rows, E, t)
     runs = math.ceil(rows / run)
     again = 2 * math.ceil(E / t.BLOCK_E) if E > t.BLOCK_E else 1
     steps = run // t.BLOCK_R * again
@@ -68,16 +69,16 @@ def relu(p: Problem, t: relu_dropout.FlatTile, backward: bool) -> Work:
 
 
 def loss_kernel(
-    p: Problem, t: class_loss.LossTile, g: int, n: int, loss: str, statistics: bool, times: int = 1
+    p: Problem, t: _class_loss.LossTile, g: int, n: int, loss: str, statistics: bool, times: int = 1
 ) -> Work:
     """B programs, times the splits of an image's tiles; logits of the block, in L2, read and (gradient) written.
 
     45, 100 and 25 operations a logit of BCE, ASL and softmax; four rounds of the search for sparse targets.
     """
     B = p["B"]
-    device = class_loss.Device(p.device.capability, p.device.multiprocessors, p.device.program_bytes)
+    device = _device.Device(p.device.capability, p.device.multiprocessors, p.device.program_bytes)
     tiles = t.tiles(g, n)
-    steps = class_loss.tiles_per_program(tiles, B, device)
+    steps = _class_loss.tiles_per_program(tiles, B, device)
     splits = math.ceil(tiles / steps)
     tile = t.BLOCK_I * t.BLOCK_N
     numbers = float(steps * tile)

@@ -75,15 +75,15 @@ POOLING: tuple[str, str, tuple[str, ...], Values] = (
     {"BLOCK_L": (8, 16, 32, 64), "BLOCK_N": (16, 32, 64, 128), "num_warps": (1, 2, 4, 8)},
 )  # fmt: skip
 LOSS: tuple[str, str, tuple[str, ...], Values] = (
-    "class_loss", "loss_tile", ("class_loss_gradient_kernel", "class_loss_statistics_kernel"),
+    "_class_loss", "loss_tile", ("class_loss_gradient_kernel", "class_loss_statistics_kernel"),
     {"BLOCK_I": tuple(1 << i for i in range(11)), "BLOCK_N": tuple(1 << i for i in range(12)),
      "num_warps": (1, 2, 4, 8)},
 )  # fmt: skip
 # A function that two ops launch by is a site of each.
 SITES = (
     Site("group_fc", "group_fc", "forward_tile", ("group_fc_forward_kernel",), TILE),
-    Site("group_fc", "group_fc", "dh_tile", ("group_fc_dh_kernel",), TILE, ("h",)),
-    Site("group_fc", "group_fc", "dweight_tile", ("group_fc_dweight_kernel",), TILE, ("weight", "bias")),
+    Site("group_fc", "group_fc_backward", "dh_tile", ("group_fc_dh_kernel",), TILE, ("h",)),
+    Site("group_fc", "group_fc_backward", "dweight_tile", ("group_fc_dweight_kernel",), TILE, ("weight", "bias")),
     Site(
         "csra_pool", "csra_pool_fused", "fused_tile", ("csra_fused_forward_kernel",),
         {"BLOCK_R": (64, 128), "BLOCK_N": (32, 64, 128, 256), "BLOCK_D": (16, 32, 64, 128),
@@ -104,7 +104,7 @@ SITES = (
         ("dropout_add_layer_norm_forward_kernel",), ROWS,
     ),
     Site(
-        "dropout_add_layer_norm", "dropout_add_layer_norm", "backward_tile",
+        "dropout_add_layer_norm", "dropout_add_layer_norm_backward", "backward_tile",
         ("dropout_add_layer_norm_backward_kernel",), ROWS,
     ),
     Site(
@@ -176,7 +176,7 @@ def _sensible(site: Site, config: Config, facts: Mapping[str, Any]) -> bool:
     if site.name == "loss_tile":
         # Never fewer logits than threads: one of two copies might be read after the other is overwritten.
         return max(32 * config.num_warps, 128) <= config.BLOCK_I * config.BLOCK_N <= 2048
-    if site.module == "dropout_add_layer_norm":
+    if site.op == "dropout_add_layer_norm":
         return 128 <= config.BLOCK_R * config.BLOCK_E <= 2048 * config.num_warps
     return True
 
