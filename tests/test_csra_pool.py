@@ -12,9 +12,8 @@ from peak import printed_by
 from torch import Tensor
 
 from mlhead import _backend, csra_pool
-from mlhead.ops import _csra_chunks as chunks
-from mlhead.ops._csra_chunks import plan_chunks
 from mlhead.ops._csra_kernels import forward_design
+from mlhead.ops._csra_plan import MACHINES, plan_chunks
 from mlhead.testing import CASES, check, oracle, plain_torch
 
 CASE = CASES["csra_pool"]
@@ -45,8 +44,8 @@ def compare_inference(dims: dict[str, Any], dtype: torch.dtype, design: str) -> 
 def test_results_do_not_depend_on_the_chunks(
     backend: str, scratch_bytes: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    small = dataclasses.replace(chunks.MACHINES["cpu"], scratch_bytes=scratch_bytes, kept_bytes=scratch_bytes)
-    monkeypatch.setitem(chunks.MACHINES, "cpu", small)
+    small = dataclasses.replace(MACHINES["cpu"], scratch_bytes=scratch_bytes, kept_bytes=scratch_bytes)
+    monkeypatch.setitem(MACHINES, "cpu", small)
     for dims in (
         {"B": 3, "L": 7, "D": 16, "H": 2, "C": 5, "bias": True},
         {"B": 3, "L": 6, "D": 16, "H": 2, "C": 5, "map": True, "normalize": False},
@@ -124,7 +123,7 @@ def test_ties_and_zero_classifiers(backend: str) -> None:
 
 
 def test_chunks_fit_the_scratch() -> None:
-    machine = chunks.MACHINES["cpu"]
+    machine = MACHINES["cpu"]
     for B, L, D, N in (
         (64, 196, 2048, 480),
         (4, 49, 2048, 9605),
@@ -144,7 +143,7 @@ def test_chunks_fit_the_scratch() -> None:
 
 
 def test_chunks_of_a_gpu_are_larger_where_gradients_are_added_up() -> None:
-    machine = chunks.MACHINES["cuda"]
+    machine = MACHINES["cuda"]
     B, L, D, N = 128, 196, 2048, 9605
     pools, adds = (plan_chunks(B, L, D, N, 2, B, m) for m in (machine.for_pooling(), machine))
     assert pools.images * L * pools.columns * 2 <= machine.cache_bytes

@@ -13,7 +13,7 @@ from peak import printed_by
 from torch import Tensor
 
 from mlhead import SparseTargets, _backend, csra_loss, csra_pool, group_fc, group_fc_loss, linear_loss, losses
-from mlhead.ops import _csra_chunks, _loss_chunks
+from mlhead.ops import _csra_plan, _loss_chunks
 from mlhead.ops._loss_kernels import ExtensionKernels, PlainKernels
 
 BACKENDS = [name for name in ("reference", "cpp") if not _backend.unavailable(name)]
@@ -150,8 +150,8 @@ def test_csra_chunks_of_any_size_give_the_same(scratch: int, loss: str, monkeypa
     x = torch.randn(B, 9, 6, dtype=torch.float64, requires_grad=True)
     weight = torch.randn(2, C, 6, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(2, C, dtype=torch.float64, requires_grad=True)
-    machine = dataclasses.replace(_csra_chunks.MACHINES["cpu"], scratch_bytes=scratch)
-    monkeypatch.setitem(_csra_chunks.MACHINES, "cpu", machine)
+    machine = dataclasses.replace(_csra_plan.MACHINES["cpu"], scratch_bytes=scratch)
+    monkeypatch.setitem(_csra_plan.MACHINES, "cpu", machine)
     results = []
     y, leaves = _labels().double(), (x, weight, bias)
     for backend in ("reference", "cpp"):

@@ -21,7 +21,7 @@ from benchmarks import model, records, tune
 from benchmarks.cost import candidates, devices, eager, launches, products, proposal, sites
 from benchmarks.cost.devices import ASSUMED, DEVICES, Resources, Work, total
 from benchmarks.cost.products import Problem
-from mlhead.ops import _csra_chunks
+from mlhead.ops import _csra_plan
 from mlhead.testing import CASES, offline
 
 H100 = DEVICES["sm_90"]
@@ -144,7 +144,7 @@ def test_chunks_of_csra_loss_are_those_of_the_op(workload, heads):
     B, L, D, H, C = (p[letter] for letter in "BLDHC")
     with FakeTensorMode():
         x, weight = (torch.empty(shape, dtype=torch.bfloat16, device="cuda") for shape in ((B, L, D), (H, C, D)))
-        plan = _csra_chunks.chunk_plan(x, weight, _csra_chunks.fits_the_scratch(x, weight))
+        plan = _csra_plan.chunk_plan(x, weight, _csra_plan.fits_the_scratch(x, weight))
     classes = max(1, plan.columns // H)
     expected = sorted(
         (min(plan.images, B - b), min(classes, C - c))
@@ -154,7 +154,7 @@ def test_chunks_of_csra_loss_are_those_of_the_op(workload, heads):
 
 
 def test_csra_loss_by_hand(monkeypatch):
-    monkeypatch.setitem(_csra_chunks.MACHINES, "cuda", _csra_chunks.MACHINES["cuda"].for_pooling())
+    monkeypatch.setitem(_csra_plan.MACHINES, "cuda", _csra_plan.MACHINES["cuda"].for_pooling())
 
     def counts(works, *kernels):
         return [sum(w.times for w in works if w.kernel == kernel) for kernel in kernels]

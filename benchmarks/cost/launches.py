@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from mlhead.ops import _csra_chunks, _loss_chunks
+from mlhead.ops import _csra_plan, _loss_chunks
 
 from . import attention, products, rows
 from .devices import Work
@@ -37,7 +37,7 @@ def _labelled(site: str, works: list[Work]) -> list[Work]:
     return [replace(work, site=site) for work in works]
 
 
-def _chunks(plan: _csra_chunks.Plan, B: int, N: int) -> Iterator[tuple[int, int, int]]:
+def _chunks(plan: _csra_plan.Plan, B: int, N: int) -> Iterator[tuple[int, int, int]]:
     """Images and columns of the chunks, and how many are so."""
     ranges = [(size, n) for whole, most in ((B, plan.images), (N, plan.columns)) for size, n in (_cut(whole, most),)]
     (images, several_b), (columns, several_n) = ranges
@@ -55,12 +55,12 @@ def _cut(whole: int, most: int) -> tuple[int, int]:
 
 def _csra(p: Problem, pick: Picker) -> Passes:
     B, L, D, N, eb = p["B"], p["L"], p["D"], p["H"] * p["C"], p.element_bytes
-    machine = _csra_chunks.MACHINES["cuda"]
+    machine = _csra_plan.MACHINES["cuda"]
     device = kernel_device(p.device)
     kept = B * L * N * eb <= machine.kept_bytes
-    plan = _csra_chunks.plan_chunks(B, L, D, N, eb, B, machine)
-    alone = _csra_chunks.plan_chunks(B, L, D, N, eb, B, machine.for_pooling())
-    whole = _csra_chunks.Plan(B, N)
+    plan = _csra_plan.plan_chunks(B, L, D, N, eb, B, machine)
+    alone = _csra_plan.plan_chunks(B, L, D, N, eb, B, machine.for_pooling())
+    whole = _csra_plan.Plan(B, N)
     count = math.ceil(B / alone.images) * math.ceil(N / alone.columns)
     norms = [products.torch_pass("norms", float(eb * N * D))]
     logits = [products.torch_pass("logits", (4.0 + eb) * B * N)]
@@ -172,10 +172,10 @@ def _loss(p: Problem, pick: Picker) -> Passes:
 def csra_loss_chunks(p: Problem) -> list[tuple[int, int, int]]:
     """Images and classes of the chunks, and how many are so."""
     B, L, D, H, C, eb = p["B"], p["L"], p["D"], p["H"], p["C"], p.element_bytes
-    machine = _csra_chunks.MACHINES["cuda"]
-    plan = _csra_chunks.Plan(B, H * C)
+    machine = _csra_plan.MACHINES["cuda"]
+    plan = _csra_plan.Plan(B, H * C)
     if B * L * H * C * eb > machine.scratch_bytes:
-        plan = _csra_chunks.plan_chunks(B, L, D, H * C, eb, B, machine)
+        plan = _csra_plan.plan_chunks(B, L, D, H * C, eb, B, machine)
     return list(_chunks(plan._replace(columns=max(1, plan.columns // H)), B, C))
 
 

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..reference.class_loss import LossArguments, accumulation, add_shards
 from . import _csra_chunks as chunks
-from ._csra_chunks import Chunk, Plan
+from ._csra_chunks import Chunk
 from ._csra_kernels import Options, Pooling
+from ._csra_plan import Plan, chunk_plan, fits_the_scratch, is_matrix
 from ._gradients import empty_gradient
 from ._loss_chunks import softmax_rows_loss
 from ._loss_kernels import LossKernels, Place
@@ -57,7 +58,7 @@ class _Call:
         self.options = Options(tuple(temperatures), tuple(lam), average, 0)
         self.normalize = normalize
         (B, L, _), (H, C, _) = x.shape, weight.shape
-        plan = chunks.chunk_plan(x, weight, chunks.fits_the_scratch(x, weight))
+        plan = chunk_plan(x, weight, fits_the_scratch(x, weight))
         self.plan = Plan(plan.images, max(1, plan.columns // max(H, 1)))  # columns: classes
         self.wide = accumulation(x.dtype)
         self.factor = a.factor(B)
@@ -127,7 +128,7 @@ def run(call: _Call, dout: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor
         add_shards(statistics, a.class_group)
         row_loss = softmax_rows_loss(statistics, a)
     if not call.empty and (any(needs) or statistics is None):
-        one_image_range = call.plan.images >= B and (chunks.is_matrix(x) or x.device.type == "cuda")
+        one_image_range = call.plan.images >= B and (is_matrix(x) or x.device.type == "cuda")
         for classes, chunk in call.class_ranges():
             chunk = chunk._replace(first=classes.start)  # 0 sets dx, others add to it
             whole = need_dweight and (H == 1 or one_range)

@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import _backend, _check
 from .._backend import Implementation
 from ..reference import csra_pool as reference
-from ._csra_chunks import Chunked, may_be_kept
+from ._csra_chunks import Chunked
 from ._csra_kernels import ExtensionPooling, TritonPooling
+from ._csra_plan import may_be_kept
 from ._fused import FusedOp, autocast, is_autocasting
 
 _HALF = (torch.float16, torch.bfloat16)
