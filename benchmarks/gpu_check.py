@@ -87,14 +87,20 @@ class Part:
         return self.status not in fine
 
 
+def _heeds_interrupts() -> None:
+    """What a shell has started in the background ignores SIGINT, and so would all that it starts."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 def _start(part: Part) -> tuple[subprocess.Popen, float]:
     with part.log.open("ab") as log:
         log.write(f"== {part.name}: {' '.join(part.command)}\n".encode())
         log.flush()
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **part.environment}
         process = subprocess.Popen(
-            part.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
-        )
+            part.command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
+            preexec_fn=_heeds_interrupts,
+        )  # fmt: skip
     return process, time.monotonic()
 
 

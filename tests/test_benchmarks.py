@@ -6,6 +6,7 @@ import io
 import itertools
 import json
 import math
+import signal
 import sys
 import time
 
@@ -341,10 +342,15 @@ def test_gpu_check_runs_every_file_with_gpu_tests():
     assert set(gpu_check.GPU_TESTS) == marked | {"tests/test_ops.py"}  # whose marks are made in op_matrix.py
 
 
-def test_gpu_check_asks_before_it_kills(tmp_path):
+@pytest.mark.parametrize("background", [False, True])
+def test_gpu_check_asks_before_it_kills(tmp_path, background):
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN) if background else signal.getsignal(signal.SIGINT)
     program = "import time\ntry: time.sleep(99)\nexcept KeyboardInterrupt: print('3 failed')"
     part = gpu_check.Part("tests", [sys.executable, "-c", program], tmp_path / "a.log", time.monotonic() + 9.0, {})
-    gpu_check.run_together([part])
+    try:
+        gpu_check.run_together([part])
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (part.status, part.note) == ("ran out of time", "3 failed")
 
 
