@@ -10,7 +10,7 @@ from mlhead.ops._targets import SparseTargets, check_range
 
 
 def check_batch(where: str, logits: Tensor, targets: Tensor | SparseTargets, num_classes: int) -> None:
-    """That both are (B, C), the logits finite in fp32 and the targets in [-1, 1]."""
+    """That both are (B, C), the logits finite in fp32 and the targets in [0, 1], or -1 where unknown."""
     check_tensor(where, "logits", logits)
     if isinstance(targets, SparseTargets):
         targets.check(where, "targets")
@@ -24,7 +24,7 @@ def check_batch(where: str, logits: Tensor, targets: Tensor | SparseTargets, num
     if not logits.float().isfinite().all():
         fail(where, "logits", "finite", "NaN or infinity: has the training diverged?")
     if isinstance(targets, Tensor):
-        check_range(where, targets, -1, 1)
+        check_range(where, "targets", targets, unknown=True)
 
 
 def positive(targets: Tensor | SparseTargets) -> Tensor:

@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlhead._average_precision import summed
-from mlhead._check import check_positive, check_shape, check_tensor, fail
+from mlhead._check import check_ndim, check_positive, check_real, check_shape, check_tensor, fail
 from mlhead.ops._targets import SparseTargets, may_read_values
 
 
@@ -26,8 +26,8 @@ def propensities(counts: Tensor, num_images: int, a: float = 0.55, b: float = 1.
         b: 1.5; the paper has 0.4 for Wikipedia and 2.6 for Amazon.
 
     Raises:
-        ValueError: num_images is below 3, b is not positive, or a count is negative.
-        TypeError: num_images is no integer, or counts is no real tensor (C,).
+        ValueError: num_images is below 3, b is not positive, counts is not (C,), or a count is negative.
+        TypeError: num_images is no integer, or counts is no real tensor.
 
     Source:
         Jain, Prabhu and Varma, Extreme Multi-label Loss Functions for Recommendation, Tagging, Ranking & Other Missing
@@ -36,8 +36,8 @@ def propensities(counts: Tensor, num_images: int, a: float = 0.55, b: float = 1.
     check_positive("propensities", "num_images", num_images)
     if num_images < 3:
         fail("propensities", "num_images", "at least 3, so that log N > 1", num_images)
-    if not isinstance(counts, Tensor) or counts.ndim != 1 or counts.is_complex():
-        fail("propensities", "counts", "a tensor (C,) of numbers", _describe(counts), TypeError)
+    check_real("propensities", "counts", counts)
+    check_ndim("propensities", "counts", counts, "(C,)")
     if not b > 0:
         fail("propensities", "b", "positive", b)
     if counts.numel() and may_read_values(counts) and not bool((counts >= 0).all()):

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import _check
+from .ops._loss_options import check_asl
 from .ops._targets import check_range
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -33,13 +34,10 @@ def _prepare(where: str, logits: Tensor, reduction: str) -> Tensor:
 
 def _dense_targets(where: str, targets: Tensor, z: Tensor, smoothing: float) -> Tensor:
     """Targets (B, C) in [0, 1], checked, in the dtype of the arithmetic, smoothed."""
-    if not isinstance(targets, Tensor):
-        _check.fail(where, "targets", "a torch.Tensor", type(targets).__name__, TypeError)
-    if targets.is_complex():
-        _check.fail(where, "targets", "real", targets.dtype, TypeError)
+    _check.check_real(where, "targets", targets)
     _check.check_shape(where, "targets", targets, "(B, C)", z.shape)
     _check_device(where, "targets", targets, z)
-    check_range(where, targets)
+    check_range(where, "targets", targets)
     y = targets.to(z.dtype)
     return y * (1.0 - smoothing) + 0.5 * smoothing if smoothing else y
 
@@ -94,7 +92,7 @@ def binary_cross_entropy(
 
     Raises:
         ValueError: A shape, a device, a choice, or on the CPU a target's value, does not fit.
-        TypeError: An argument has no usable dtype.
+        TypeError: An argument is of a wrong type or dtype.
 
     Numerics:
         log-sum-exp form: finite for every finite logit, and the gradient does not vanish for confident errors.
@@ -147,7 +145,7 @@ def asymmetric_loss(
 
     Raises:
         ValueError: A shape, a device, a number, or on the CPU a target's value, does not fit.
-        TypeError: An argument has no usable dtype.
+        TypeError: An argument is of a wrong type or dtype.
 
     Numerics:
         Finite values and gradients for every finite logit and every gamma. The clamp, part of the formula, ends the
@@ -158,12 +156,7 @@ def asymmetric_loss(
     """
     where = "asymmetric_loss"
     z = _prepare(where, logits, reduction)
-    for name, gamma in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos)):
-        if not gamma >= 0 or math.isinf(gamma):
-            _check.fail(where, name, "finite and at least 0", gamma)
-    _check.check_probability(where, "margin", margin)
-    if not 0.0 < eps < 1.0:
-        _check.fail(where, "eps", "in (0, 1)", eps)
+    check_asl(where, gamma_neg, gamma_pos, margin, eps)
     y = _dense_targets(where, targets, z, 0.0)
 
     below = z < 0
@@ -215,7 +208,7 @@ def softmax_cross_entropy(
 
     Raises:
         ValueError: A shape, a device, a choice, or on the CPU a target's value, does not fit.
-        TypeError: An argument has no usable dtype.
+        TypeError: An argument is of a wrong type or dtype.
     """
     where = "softmax_cross_entropy"
     z = _prepare(where, logits, reduction)
@@ -235,7 +228,7 @@ def softmax_cross_entropy(
             must = f"class indices (B,) = {(B,)} or floating probabilities (B, C) = {(B, C)}"
             _check.fail(where, "targets", must, f"{targets.dtype} {tuple(targets.shape)}")
         _check_device(where, "targets", targets, z)
-        check_range(where, targets, 0, C - 1)
+        check_range(where, "targets", targets, 0, C - 1)
         loss = -log_p.gather(1, targets.long().unsqueeze(1)).squeeze(1)
     if label_smoothing:
         loss = (1.0 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
@@ -270,8 +263,8 @@ class BinaryCrossEntropy(_Loss):
         reduction: "none", "mean" (over B * C) or "sum".
 
     Raises:
-        ValueError: There is no such reduction. All else is checked in the call.
-        TypeError: `pos_weight` is no tensor.
+        ValueError: There is no such reduction, `pos_weight` is not (C,), or `label_smoothing` not in [0, 1).
+        TypeError: `pos_weight` is no floating tensor, or `label_smoothing` no number.
     """
 
     _kind = "bce"
@@ -281,6 +274,11 @@ class BinaryCrossEntropy(_Loss):
         self, *, pos_weight: Tensor | None = None, label_smoothing: float = 0.0, reduction: str = "mean"
     ) -> None:
         super().__init__(reduction)
+        where = type(self).__name__
+        if pos_weight is not None:
+            _check.check_tensor(where, "pos_weight", pos_weight)
+            _check.check_ndim(where, "pos_weight", pos_weight, "(C,)")
+        _check.check_probability(where, "label_smoothing", label_smoothing)
         self.register_buffer("pos_weight", pos_weight, persistent=False)
         self.label_smoothing = label_smoothing
 
@@ -321,7 +319,8 @@ class AsymmetricLoss(_Loss):
         reduction: "none", "mean" (over B * C) or "sum".
 
     Raises:
-        ValueError: There is no such reduction. All else is checked in the call.
+        ValueError: There is no such reduction, or a number is out of its range; the message names it.
+        TypeError: One of `gamma_neg`, `gamma_pos`, `margin` and `eps` is no number.
     """
 
     _kind = "asl"
@@ -337,6 +336,7 @@ class AsymmetricLoss(_Loss):
         reduction: str = "mean",
     ) -> None:
         super().__init__(reduction)
+        check_asl(type(self).__name__, gamma_neg, gamma_pos, margin, eps)
         self.gamma_neg, self.gamma_pos, self.margin, self.eps = gamma_neg, gamma_pos, margin, eps
         self.detach_focal = detach_focal
 
@@ -379,13 +379,15 @@ class SoftmaxCrossEntropy(_Loss):
         reduction: "none", "mean" (over B) or "sum".
 
     Raises:
-        ValueError: There is no such reduction. All else is checked in the call.
+        ValueError: There is no such reduction, or `label_smoothing` is not in [0, 1).
+        TypeError: `label_smoothing` is no number.
     """
 
     _kind = "softmax"
 
     def __init__(self, *, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
         super().__init__(reduction)
+        _check.check_probability(type(self).__name__, "label_smoothing", label_smoothing)
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:

@@ -91,8 +91,8 @@ def head_memory(
         TypeError: A number is no integer.
     """
     where = "head_memory"
-    numbers = {"num_classes": num_classes, "width": width, "batch": batch, "groups": groups, "devices": devices}
-    for name, value in numbers.items():
+    numbers = {"num_classes": num_classes, "width": width, "batch": batch, "groups": groups}
+    for name, value in {**numbers, "threads": threads, "devices": devices}.items():
         _check.check_positive(where, name, value)
     _check.check_choice(where, "optimizer", optimizer, tuple(STATES))
     _check.check_choice(where, "device", device, ("cpu", "cuda"))

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mlhead._average_precision import RankedScores, summed
-from mlhead._check import check_positive, fail
+from mlhead._check import check_number, check_positive, fail
 from mlhead._metric_batches import check_batch, positive, unknown
 from mlhead._sparse_metrics import TopKMetrics, propensities
 from mlhead._zero_shot_metrics import ZeroShotMetrics
@@ -64,12 +64,12 @@ class MultiLabelMetrics:
 
     Args:
         num_classes: C.
-        threshold: a class is predicted where its probability is at least this.
+        threshold: in [0, 1]; a class is predicted where its probability is at least this.
         device: where the counts and the scores live.
 
     Raises:
-        ValueError: num_classes is below 1.
-        TypeError: num_classes is no integer.
+        ValueError: num_classes is below 1, or threshold is not in [0, 1].
+        TypeError: num_classes is no integer, or threshold no number.
 
     Numerics: scores are compared in fp32; for mAP these are the logits, where no sigmoid makes high scores equal. They
         are kept: 4 C + 8 m bytes for an image with m positives.
@@ -79,8 +79,11 @@ class MultiLabelMetrics:
     """
 
     def __init__(self, num_classes: int, *, threshold: float = 0.5, device: torch.device | str = "cpu") -> None:
-        if num_classes < 1:
-            fail("MultiLabelMetrics", "num_classes", "at least 1", num_classes)
+        where = "MultiLabelMetrics"
+        check_positive(where, "num_classes", num_classes)
+        check_number(where, "threshold", threshold)
+        if not 0.0 <= threshold <= 1.0:
+            fail(where, "threshold", "in [0, 1]", threshold)
         self.num_classes, self.threshold = num_classes, threshold
         self.images = 0
         self._ranked = RankedScores(num_classes, device)

@@ -347,6 +347,7 @@ def check_errors() -> None:
     x = torch.ones(1, L, D)
     head, mesh = GAPHead(D, 10), init_device_mesh("cpu", (dist.get_world_size(),))
     own = parallelize_head(GAPHead(D, 10), mesh, input_layouts=Shard(0))
+    unknown = SparseTargets.from_lists([[1]], 10)
     wrong: list[tuple[Callable[[], Any], type[Exception], str]] = [
         (lambda: parallelize_head(nn.Linear(2, 2), mesh), TypeError, "head must be"),
         (lambda: parallelize_head(head, "cpu"), TypeError, "mesh must be"),
@@ -359,11 +360,15 @@ def check_errors() -> None:
         (lambda: head(x, torch.ones(1, 9)), ValueError, "targets must be"),
         (lambda: head(x, torch.ones(2, 10)), ValueError, "targets must be of B = 1 rows"),
         (lambda: head(x, torch.ones(1, 10), sample_weight=torch.ones(2)), ValueError, "sample_weight must be"),
+        (lambda: head(x, torch.ones(1, 10), ignore=unknown), TypeError, r"ignore must be a bool .*got SparseTargets"),
+        (lambda: head(x, torch.ones(1, 10), ignore=torch.ones(1, 9) > 0), ValueError, "ignore must be"),
+        (lambda: head(x, [1]), TypeError, "targets must be a tensor"),
         (lambda: head.topk(x, 11), ValueError, "k must be"),
     ]
     for call, error, text in wrong:
         with pytest.raises(error, match=text):
             call()
+    assert head.attention_maps(x, []).shape == (1, 0, L)
 
 
 def checks() -> dict[str, Callable[[], None]]:

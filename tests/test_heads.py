@@ -7,6 +7,7 @@ import io
 import math
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -348,8 +349,11 @@ def test_attention_maps(make: Callable[..., Head]) -> None:
         head.attention_maps(x, [0, 7])
     with pytest.raises(ValueError, match=r"classes must be \(K,\) or \(B, K\) with B = 3"):
         head.attention_maps(x, torch.zeros(2, 2, dtype=torch.long))
-    with pytest.raises(TypeError, match="classes must be integers"):
-        head.attention_maps(x, [0.5])
+    for wrong in ([0.5], torch.empty(0)):
+        with pytest.raises(TypeError, match=r"classes must be integers, got torch.float32"):
+            head.attention_maps(x, wrong)
+    for nothing in ([], (), torch.empty(0, dtype=torch.int64), [[], [], []]):
+        assert head.attention_maps(x, nothing).shape == (3, 0, 8)
 
 
 def test_attention_maps_are_what_they_say() -> None:
@@ -401,6 +405,9 @@ def test_group_counts() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             MLDecoder(D, C, **SMALL, **options)
+    for queries in ([[1.0] * E], 3, None, np.ones((3, E))):
+        with pytest.raises(TypeError, match="queries must be 'fixed', 'learnable' or a tensor"):
+            MLDecoder(D, C, queries=queries, **SMALL)
     with pytest.raises(ValueError, match="num_heads must be a divisor of embed_dim = 16, got 3"):
         MLDecoder(D, C, embed_dim=16, num_heads=3)
 
@@ -465,6 +472,14 @@ def test_prior(make: Callable[..., Head]) -> None:
     shares = torch.linspace(0, 0.9, C)
     head.set_prior(shares)
     torch.testing.assert_close(head(x)[0].sigmoid(), shares.clamp(min=1e-6))
+    for value in (1, 0.0, torch.tensor(True)):
+        head.set_prior(value)
+        torch.testing.assert_close(head(x).sigmoid(), torch.full((2, C), min(max(float(value), 1e-6), 1 - 1e-6)))
+    before = head(x)
+    for wrong in (-0.1, 1.5, math.nan, math.inf, shares + 0.2, shares - 0.01, shares.log() / shares.log()):
+        with pytest.raises(ValueError, match=rf"{type(head).__name__}: prior must be in \[0, 1\] and not NaN, got"):
+            head.set_prior(wrong)
+    assert torch.equal(head(x), before)
     with pytest.raises(ValueError, match="prior must be"):
         make(prior=1.0)
     with pytest.raises(ValueError, match=r"prior must be \(C,\) = \(7,\), got \(6,\)"):

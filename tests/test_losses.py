@@ -344,6 +344,37 @@ def test_options_are_checked() -> None:
         AsymmetricLoss(reduction="avg")
 
 
+@pytest.mark.parametrize(
+    ("kind", "loss", "options", "error", "message"),
+    [
+        (AsymmetricLoss, asymmetric_loss, {"margin": 5}, ValueError, r"margin must be in \[0, 1\), got 5"),
+        (AsymmetricLoss, asymmetric_loss, {"gamma_neg": -1}, ValueError, "gamma_neg must be finite and at least 0"),
+        (AsymmetricLoss, asymmetric_loss, {"gamma_pos": "1"}, TypeError, "gamma_pos must be a number, got str"),
+        (AsymmetricLoss, asymmetric_loss, {"eps": 0.0}, ValueError, r"eps must be in \(0, 1\), got 0.0"),
+        (AsymmetricLoss, asymmetric_loss, {"eps": None}, TypeError, "eps must be a number, got NoneType"),
+        (BinaryCrossEntropy, binary_cross_entropy, {"label_smoothing": 2}, ValueError, r"label_smoothing must be in"),
+        (BinaryCrossEntropy, binary_cross_entropy, {"pos_weight": [1.0]}, TypeError, "pos_weight must be a torch.Tens"),
+        (
+            BinaryCrossEntropy,
+            binary_cross_entropy,
+            {"pos_weight": torch.ones(1, C)},
+            ValueError,
+            r"pos_weight must be \(C,\)",
+        ),
+        (SoftmaxCrossEntropy, softmax_cross_entropy, {"label_smoothing": -0.1}, ValueError, "label_smoothing must be"),
+        (SoftmaxCrossEntropy, softmax_cross_entropy, {"label_smoothing": "0"}, TypeError, "label_smoothing must be a"),
+    ],
+)
+def test_modules_refuse_what_the_functions_do(
+    kind: type[torch.nn.Module], loss: Loss, options: dict, error: type[Exception], message: str
+) -> None:
+    """When they are made, by the message of the call."""
+    with pytest.raises(error, match=f"{kind.__name__}: {message}"):
+        kind(**options)
+    with pytest.raises(error, match=f"{loss.__name__}: {message}"):
+        loss(*inputs(torch.float32), **options)
+
+
 @every_loss
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiles_without_a_graph_break(loss: Loss, backend: str) -> None:

@@ -55,3 +55,7 @@ def test_eager_counts_its_logits() -> None:
     assert bf16.weights == 2 * 769 * 3_000_000
     with pytest.raises(ValueError, match="optimizer must be one of 'none', 'sgd'"):
         head_memory(10, 10, 10, optimizer="lion")
+    with pytest.raises(ValueError, match="head_memory: threads must be at least 1, got 0"):
+        head_memory(10, 10, 10, threads=0)
+    with pytest.raises(TypeError, match="head_memory: threads must be an integer, got float"):
+        head_memory(10, 10, 10, threads=1.5)  # type: ignore[arg-type]

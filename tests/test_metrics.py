@@ -232,6 +232,21 @@ def test_low_precision_logits_and_an_empty_batch():
     assert 0 < metrics.compute()["mAP"] <= 1
 
 
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"num_classes": 0}, ValueError, "num_classes must be at least 1, got 0"),
+        ({"num_classes": 1.5}, TypeError, "num_classes must be an integer, got float"),
+        ({"threshold": 1.5}, ValueError, r"threshold must be in \[0, 1\], got 1.5"),
+        ({"threshold": math.nan}, ValueError, r"threshold must be in \[0, 1\], got nan"),
+        ({"threshold": "0.5"}, TypeError, "threshold must be a number, got str"),
+    ],
+)
+def test_options_are_checked(options, error, message):
+    with pytest.raises(error, match=f"MultiLabelMetrics: {message}"):
+        MultiLabelMetrics(**{"num_classes": 3, **options})
+
+
 def test_what_cannot_be_measured_is_said():
     metrics = MultiLabelMetrics(3)
     with pytest.raises(ValueError, match="the data must be at least one image"):
@@ -242,8 +257,15 @@ def test_what_cannot_be_measured_is_said():
         metrics.update(torch.tensor([[0.0, float("nan"), 0.0]]), torch.zeros(1, 3))
     with pytest.raises(ValueError, match="logits must be finite"):
         metrics.update(torch.tensor([[0.0, -1e300, 0.0]], dtype=torch.float64), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"targets must be in \[-1, 1\]"):
-        metrics.update(torch.zeros(1, 3), torch.tensor([[0, 2, 1]]))
+    for wrong, found in (
+        ([[0, 2, 1]], "values from 0 to 2"),
+        ([[0, -2, -1]], "values from -2 to 0"),
+        ([[-0.5, 0, 1]], "values from -0.5 to 1"),
+        ([[-1, -0.5, 1]], "values from -0.5 to 1"),
+        ([[-1, math.nan, 1]], "NaN"),
+    ):
+        with pytest.raises(ValueError, match=rf"targets must be in \[0, 1\] or -1 and not NaN, got {found}"):
+            metrics.update(torch.zeros(1, 3), torch.tensor(wrong))
     with pytest.raises(TypeError, match=r"targets must be a tensor \(B, C\) or SparseTargets, got list"):
         metrics.update(torch.zeros(1, 3), [[0, 1, 0]])
     assert metrics.images == 0

@@ -95,7 +95,15 @@ CASES: list[tuple[Any, tuple, dict, type[Exception], str]] = [
         TypeError,
         "key_mask must be a bool tensor, True = attend",
     ),
-    (query_attention, (Q, K, K, 2), {"dropout_p": 0.1, "seed": K}, ValueError, "seed must be an int64 scalar tensor"),
+    (query_attention, (Q, K, K, 2), {"dropout_p": 0.1, "seed": K}, TypeError, "seed must be an int64 scalar tensor"),
+    (
+        query_attention,
+        (Q, K, K, 2),
+        {"dropout_p": 0.1, "seed": torch.zeros(2, dtype=torch.int64)},
+        ValueError,
+        r"seed must be an int64 scalar tensor, got torch.int64 \(2,\)",
+    ),
+    (query_attention, (Q, K, K, 2), {"dropout_p": "0.1"}, TypeError, "dropout_p must be a number, got str"),
     (dropout_add_layer_norm, (Q, K, Q[0], Q[0]), {}, ValueError, r"x must be \(B, N, E\), got \(3, 8\)"),
     (dropout_add_layer_norm, (K, K[:1], Q[0], Q[0]), {}, ValueError, r"residual must be .* = \(2, 5, 8\), got \(1, 5"),
     (dropout_add_layer_norm, (K, K.half(), Q[0], Q[0]), {}, TypeError, "residual must be torch.float32 like x"),
@@ -114,6 +122,12 @@ CASES: list[tuple[Any, tuple, dict, type[Exception], str]] = [
     (relu_dropout, (K.long(),), {}, TypeError, "x must be of a floating dtype"),
     (relu_dropout, (K,), {"dropout_p": 0.1, "seed": 0.5}, TypeError, "seed must be an int"),
 ]
+
+
+def test_no_class_has_no_attention() -> None:
+    assert csra_attention(X, M, [], temperatures=(1, 2)).shape == (2, 2, 0, 6)
+    with pytest.raises(TypeError, match=r"classes must be integers, got torch.float32"):
+        csra_attention(X, M, torch.empty(0), temperatures=(1, 2))
 
 
 @pytest.mark.parametrize(("op", "args", "options", "error", "message"), CASES)

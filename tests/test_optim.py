@@ -549,10 +549,28 @@ def test_call_errors() -> None:
         (ClassAdafactor, {"beta2_decay": 0.1}, "beta2_decay must be at most 0"),
         (ClassAdafactor, {"d": 0.5}, "d must be at least 1"),
         (ClassAdafactor, {"eps": (-1.0, 0.0)}, "eps must be two numbers"),
+        (ClassAdamW, {"betas": (0.9,)}, r"betas must be a pair, got \(0.9,\)"),
+        (ClassAdamW, {"betas": [0.9, 0.99, 0.999]}, "betas must be a pair"),
+        (ClassAdafactor, {"eps": (None,)}, r"eps must be a pair, got \(None,\)"),
     ],
 )
 def test_option_errors(cls: type, options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"{cls.__name__}: {message}"):
+        cls([nn.Parameter(torch.zeros(3, 4))], **options)
+
+
+@pytest.mark.parametrize(
+    ("cls", "options", "message"),
+    [
+        (ClassAdamW, {"betas": 0.9}, "betas must be a pair, got float"),
+        (ClassAdamW, {"betas": (0.9, "0.99")}, "betas must be a number, got str"),
+        (ClassAdafactor, {"eps": 1e-3}, "eps must be a pair, got float"),
+        (ClassAdafactor, {"eps": (1e-3, None)}, "eps must be a number, got NoneType"),
+        (ClassAdafactor, {"eps": ("1", 1e-3)}, "eps must be a number, got str"),
+    ],
+)
+def test_options_of_a_wrong_type(cls: type, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError, match=f"{cls.__name__}: {message}"):
         cls([nn.Parameter(torch.zeros(3, 4))], **options)
 
 

@@ -197,5 +197,11 @@ def test_errors() -> None:
         propensities(torch.ones(4), 2)
     with pytest.raises(ValueError, match="counts must be at least 0, got -1"):
         propensities(torch.tensor([1, -1]), 10)
-    with pytest.raises(TypeError, match=r"counts must be a tensor \(C,\) of numbers, got list"):
-        propensities([1], 10)  # type: ignore[arg-type]
+    for counts, error, message in (
+        ([1], TypeError, "a torch.Tensor, got list"),
+        (torch.ones(4, dtype=torch.complex64), TypeError, "real, got torch.complex64"),
+        (torch.ones(2, 2), ValueError, r"\(C,\), got \(2, 2\)"),
+        (torch.ones(()), ValueError, r"\(C,\), got \(\)"),
+    ):
+        with pytest.raises(error, match=f"propensities: counts must be {message}"):
+            propensities(counts, 10)  # type: ignore[arg-type]

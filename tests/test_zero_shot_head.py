@@ -169,6 +169,23 @@ class TestBanks:
         with pytest.raises(RuntimeError, match=r"bank 'train'.*word_vectors must be \(C, W\) with W = 9"):
             head.load_state_dict(state)
 
+    @pytest.mark.parametrize(
+        ("second", "message"),
+        [
+            ({"a b": torch.randn(3, W)}, "name must be an identifier"),
+            ({"other": torch.randn(0, W)}, r"word_vectors must be \(C, W\) with W = 9 and C > 0"),
+        ],
+        ids=["name", "no classes"],
+    )
+    def test_a_reset_that_fails_changes_nothing(self, second: dict[str, Tensor], message: str) -> None:
+        head = make(12, 5)
+        head.use("train")
+        before = head.bank()
+        with pytest.raises(ValueError, match=message):
+            head.reset(4, word_vectors={"first": torch.randn(4, W), **second})
+        assert (head.num_classes, head.used, list(head.banks.sizes)) == (12, "train", ["train"])
+        assert torch.equal(head.bank(), before)
+
     def test_reset(self) -> None:
         head = make(12, 5)
         before = head.query_proj.weight.clone()
@@ -220,6 +237,8 @@ def test_attention_maps_are_those_of_the_classes_queries(groups: int | None) -> 
         layer.multihead_attn.out_proj.weight, layer.multihead_attn.out_proj.bias,
     )  # fmt: skip
     torch.testing.assert_close(maps, weights[:, [c // J for c in range(13)]])
+    for nothing in ([], [[], [], []]):
+        assert head.attention_maps(x, nothing).shape == (3, 0, 6)
     with pytest.raises(ValueError, match=r"classes must be in \[0, 4\)"):
         head.attention_maps(x, [4], word_vectors=torch.randn(4, W))
 
@@ -373,6 +392,34 @@ class TestAugmentation:
         with pytest.raises(ValueError, match=r"targets must be y \(B, C\) or sparse positives, with random queries"):
             augmentation.extend(torch.tensor([1, 2, 3, 4]), 12)
 
+    @pytest.mark.parametrize(
+        ("targets", "message"),
+        [
+            ([[1], [2]], "targets must be a tensor .*, got list"),
+            (None, "targets must be a tensor .*, got NoneType"),
+            (torch.eye(12).to_sparse(), "targets must be a tensor .*, got torch.sparse_coo"),
+            (([1], [0, 1]), "targets.indices must be int64 of one axis, got list"),
+            (torch.ones(1, 12, dtype=torch.complex64), "targets must be real, got torch.complex64"),
+        ],
+        ids=["list", "none", "coo", "pair of lists", "complex"],
+    )
+    def test_targets_of_no_known_form(self, targets: Any, message: str) -> None:
+        augmentation = QueryAugmentation(random_queries=3)
+        with pytest.raises(TypeError, match=f"QueryAugmentation: {message}"):
+            augmentation.extend(targets, 12)
+        if targets is not None:
+            head = make(12, 4, augmentation=augmentation)
+            with pytest.raises(TypeError, match=message):
+                head(torch.randn(1, 5, D), targets)
+
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.int64, torch.bool])
+    def test_dense_targets_keep_a_floating_dtype(self, dtype: torch.dtype) -> None:
+        y = torch.eye(2, 12).to(dtype)
+        made = QueryAugmentation(random_queries=3, target=0.5).extend(y, 12)
+        assert isinstance(made, Tensor)
+        assert made.dtype == (dtype if dtype.is_floating_point else torch.float32)
+        assert torch.equal(made, F.pad(y.to(made.dtype), (0, 3), value=0.5))
+
     @every_kind
     @pytest.mark.parametrize("sparse", [False, True])
     def test_loss_in_the_head_is_that_of_all_columns(self, groups: int | None, sparse: bool) -> None:
@@ -410,12 +457,20 @@ class TestAugmentation:
         for options, message in (
             ({"noise": -1.0}, "noise must be at least 0 and finite, got -1.0"),
             ({"noise": math.nan}, "noise must be at least 0 and finite, got nan"),
-            ({"random_queries": -1}, "random_queries must be a whole number, at least 0, got -1"),
-            ({"random_queries": 1.5}, "random_queries must be a whole number, at least 0, got 1.5"),
+            ({"random_queries": -1}, "random_queries must be at least 0, got -1"),
             ({"distribution": "cauchy"}, "distribution must be one of 'normal', 'uniform', 'shuffled', got 'cauchy'"),
             ({"target": 2.0}, r"target must be in \[0, 1\], got 2.0"),
         ):
             with pytest.raises(ValueError, match=f"QueryAugmentation: {message}"):
+                QueryAugmentation(**options)  # type: ignore[arg-type]
+        for options, message in (
+            ({"noise": "0.1"}, "noise must be a number, got str"),
+            ({"noise": None}, "noise must be a number, got NoneType"),
+            ({"random_queries": 1.5}, "random_queries must be an integer, got float"),
+            ({"random_queries": True}, "random_queries must be an integer, got bool"),
+            ({"target": "1"}, "target must be a number, got str"),
+        ):
+            with pytest.raises(TypeError, match=f"QueryAugmentation: {message}"):
                 QueryAugmentation(**options)  # type: ignore[arg-type]
 
 
@@ -424,6 +479,9 @@ def test_prior_and_bias() -> None:
     assert head.duplicate_pooling_bias.item() == pytest.approx(math.log(0.01 / 0.99), rel=1e-5)
     head.set_prior(torch.linspace(0.1, 0.3, 12))
     assert head.duplicate_pooling_bias.item() == pytest.approx(math.log(0.2 / 0.8), rel=1e-5)
+    for wrong in (torch.linspace(-0.5, 1, 12), torch.full((12,), math.nan)):
+        with pytest.raises(ValueError, match=r"ZeroShotMLDecoder: prior must be in \[0, 1\] and not NaN, got"):
+            head.set_prior(wrong)
     with pytest.raises(ValueError, match=r"prior must be \(C,\) = \(12,\)"):
         head.set_prior(torch.ones(5))
 

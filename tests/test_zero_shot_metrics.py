@@ -261,9 +261,9 @@ def test_what_cannot_be_measured_is_said():
     for bad in (float("nan"), float("inf"), -float("inf")):
         with pytest.raises(ValueError, match="logits must be finite"):
             metrics.update(torch.tensor([[0.0, bad, 0.0]]), torch.zeros(1, 3))
-    with pytest.raises(ValueError, match=r"targets must be in \[-1, 1\] and not NaN, got NaN"):
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 1\] or -1 and not NaN, got NaN"):
         metrics.update(torch.zeros(1, 3), torch.tensor([[0.0, float("nan"), 1.0]]))
-    with pytest.raises(ValueError, match=r"targets must be in \[-1, 1\]"):
+    with pytest.raises(ValueError, match=r"targets must be in \[0, 1\] or -1"):
         metrics.update(torch.zeros(1, 3), torch.tensor([[0, 2, 1]]))
     with pytest.raises(TypeError, match="logits must be of a floating dtype"):
         metrics.update(torch.zeros(1, 3, dtype=torch.int64), torch.zeros(1, 3))

@@ -36,6 +36,7 @@ class QueryAugmentation(nn.Module):
 
     Raises:
         ValueError: A number or the distribution does not fit; the message names it.
+        TypeError: `noise` or `target` is no number, or `random_queries` no integer.
 
     Source:
         ML-Decoder, section 2.3.3 "Query augmentations", Table 3, Fig. 8.
@@ -46,11 +47,12 @@ class QueryAugmentation(nn.Module):
     ) -> None:
         super().__init__()
         where = "QueryAugmentation"
-        if not (isinstance(noise, (int, float)) and math.isfinite(noise) and noise >= 0):
+        _check.check_number(where, "noise", noise)
+        if not 0.0 <= noise < math.inf:
             _check.fail(where, "noise", "at least 0 and finite", noise)
-        if isinstance(random_queries, bool) or not isinstance(random_queries, int) or random_queries < 0:
-            _check.fail(where, "random_queries", "a whole number, at least 0", random_queries)
+        _check.check_positive(where, "random_queries", random_queries, least=0)
         _check.check_choice(where, "distribution", distribution, DISTRIBUTIONS)
+        _check.check_number(where, "target", target)
         if not 0.0 <= target <= 1.0:
             _check.fail(where, "target", "in [0, 1]", target)
         self.noise, self.random_queries, self.distribution, self.target = noise, random_queries, distribution, target
@@ -101,19 +103,26 @@ class QueryAugmentation(nn.Module):
             num_classes: C.
 
         Returns:
-            y (B, C + R) in fp32, or `SparseTargets` of C + R classes.
+            y (B, C + R) of the targets' dtype, in fp32 where that is not floating; or `SparseTargets` of C + R classes.
 
         Raises:
-            ValueError: In training with random queries, dense targets are not (B, C).
+            ValueError: In training with random queries, dense targets are not (B, C), or sparse ones do not fit, as of
+                `SparseTargets.check`.
+            TypeError: In training with random queries, the targets are of no known form, or complex.
         """
         if not self.extra:
             return targets
-        if isinstance(targets, Tensor) and targets.layout == torch.strided:
-            if targets.ndim != 2:
-                must = "y (B, C) or sparse positives, with random queries"
-                _check.fail("QueryAugmentation", "targets", must, tuple(targets.shape))
-            return F.pad(targets.float(), (0, self.extra), value=self.target)
-        return self._extend_sparse(as_sparse("QueryAugmentation", targets, num_classes))
+        where = "QueryAugmentation"
+        targets = as_sparse(where, targets, num_classes)
+        if isinstance(targets, SparseTargets):
+            targets.check(where, "targets")
+            return self._extend_sparse(targets)
+        _check.check_real(where, "targets", targets)
+        if targets.ndim != 2:
+            must = "y (B, C) or sparse positives, with random queries"
+            _check.fail(where, "targets", must, tuple(targets.shape))
+        y = targets if targets.is_floating_point() else targets.float()
+        return F.pad(y, (0, self.extra), value=self.target)
 
     def extend_options(self, options: dict[str, Any]) -> dict[str, Any]:
         """Keywords of a loss in the head for the classes and the random queries, whose weights are 1."""

@@ -15,7 +15,7 @@ from .. import _check
 from ..losses import BinaryCrossEntropy
 from ..ops._fused import autocast
 from ..ops._loss_options import Targets
-from ..ops._targets import SparseTargets
+from ..ops._targets import SparseTargets, check_range
 
 
 class Head(nn.Module, ABC):
@@ -118,7 +118,7 @@ class Head(nn.Module, ABC):
 
         Args:
             features: (B, D, H, W) or (B, L, D).
-            classes: Class indices, (K,) for all images or (B, K) for each its own.
+            classes: Class indices, (K,) for all images or (B, K) for each its own; K may be 0.
 
         Returns:
             Weights (B, K, L), at least 0, over the positions (row-major for maps).
@@ -187,22 +187,29 @@ class Head(nn.Module, ABC):
         """Sets the bias so that features of no influence give the probabilities `prior`.
 
         Args:
-            prior: One probability in (0, 1) for all classes, or (C,), for example each class's share of the images.
+            prior: One probability in [0, 1] for all classes, or (C,), for example each class's share of the images.
                 Values are clamped to [1e-6, 1 - 1e-6], so that a class never seen does not get an infinite bias.
 
         Raises:
-            ValueError: The head has no bias, or the shape is not (C,).
+            ValueError: The head has no bias, the shape is not (C,), or on the CPU a value is NaN or outside [0, 1],
+                which on CUDA ends in an asynchronous device assertion.
             RuntimeError: The head is sharded.
         """
         self._refuse_shards("set_prior")
         bias, gain = self._bias_and_gain()
         if bias is None:
             _check.fail(type(self).__name__, "bias", "True for a prior", False)
-        p = torch.as_tensor(prior, dtype=torch.float64).detach()
-        if p.ndim:
-            _check.check_shape(type(self).__name__, "prior", p, "(C,)", (self.num_classes,))
-        logit = torch.logit(p.clamp(1e-6, 1 - 1e-6)) / gain
+        logit = torch.logit(self._prior(prior).clamp(1e-6, 1 - 1e-6)) / gain
         bias.copy_(logit.to(bias.device, bias.dtype).expand_as(bias))
+
+    def _prior(self, prior: float | Tensor) -> Tensor:
+        """One probability or (C,), checked, in fp64."""
+        where, device = type(self).__name__, None if isinstance(prior, Tensor) else "cpu"  # where numbers can be read
+        p = torch.as_tensor(prior, dtype=torch.float64, device=device).detach()
+        if p.ndim:
+            _check.check_shape(where, "prior", p, "(C,)", (self.num_classes,))
+        check_range(where, "prior", p)
+        return p
 
     def _refuse_shards(self, method: str) -> None:
         if self._shards is not None:
@@ -250,9 +257,7 @@ class Head(nn.Module, ABC):
     ) -> Tensor:
         """Class indices (K,) or (B, K) below C as int64 on the device of the features."""
         where, C = type(self).__name__, self.num_classes if num_classes is None else num_classes
-        indices = torch.as_tensor(classes)
-        if indices.is_floating_point() or indices.is_complex() or indices.dtype == torch.bool:
-            _check.fail(where, "classes", "integers", indices.dtype, TypeError)
+        indices = _check.as_classes(where, classes)
         B = features.shape[0]
         if indices.ndim not in (1, 2) or (indices.ndim == 2 and indices.shape[0] != B):
             _check.fail(where, "classes", f"(K,) or (B, K) with B = {B}", tuple(indices.shape))

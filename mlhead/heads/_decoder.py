@@ -85,6 +85,7 @@ class DecoderHead(AttentionHead):
     ) -> None:
         super().__init__(in_features, num_classes, **options)
         _check.check_choice(type(self).__name__, "group_init", group_init, GROUP_INITS)
+        _check_queries(type(self).__name__, queries, groups, self.embed_dim)
         self.group_init = group_init
         self._make_last(groups, queries, self.embed_standart.weight)
         self.reset_parameters()
@@ -94,7 +95,6 @@ class DecoderHead(AttentionHead):
         E, C = self.embed_dim, self.num_classes
         self.groups = groups
         if queries is not None:
-            _check_queries(type(self).__name__, queries, groups, E)
             self.queries = queries if isinstance(queries, str) else "given"
             self.query_embed = nn.Embedding(groups, E, **factory(like))
             self.query_embed.train(self.training)
@@ -218,4 +218,5 @@ def _check_queries(where: str, queries: Queries, groups: int, embed_dim: int) ->
         _check.check_tensor(where, "queries", queries)
         _check.check_shape(where, "queries", queries, "(G, E)", (groups, embed_dim))
     elif not isinstance(queries, str) or queries not in ("fixed", "learnable"):
-        _check.fail(where, "queries", "'fixed', 'learnable' or a tensor (G, E)", repr(queries))
+        error = ValueError if isinstance(queries, str) else TypeError
+        _check.fail(where, "queries", "'fixed', 'learnable' or a tensor (G, E)", repr(queries), error)

@@ -176,7 +176,7 @@ class CSRAHead(Head):
         """As of `Head`; impossible where the weights of a bias in the logits add up to 0.
 
         Raises:
-            ValueError: These weights add up to 0, the head has no bias, or the shape is not (C,).
+            ValueError: These weights add up to 0, or as of `Head.set_prior`.
             RuntimeError: The head is sharded.
         """
         if self._bias_and_gain()[1] == 0:

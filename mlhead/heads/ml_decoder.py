@@ -46,8 +46,8 @@ class MLDecoder(DecoderHead):
     Raises:
         ValueError: A width, number, rate, prior or name, or the shape of given queries, does not fit, or the loss has
             the reduction "none"; the message names it.
-        TypeError: A width or number is no integer, given queries are of no floating dtype, or `loss` is no module with
-            `options()`.
+        TypeError: A width or number is no integer, queries are neither a name nor a floating tensor, or `loss` is no
+            module with `options()`.
 
     Numerics:
         Published code computes J as int(C / G + 0.999), which is not the ceiling at C = 2001, G = 2000; here it is.
@@ -106,7 +106,7 @@ class MLDecoder(DecoderHead):
 
         Raises:
             ValueError: A number is below 1, the queries do not fit, or they must be given anew.
-            TypeError: A number is no integer, or the queries are of no floating dtype.
+            TypeError: A number is no integer, or the queries are neither a name nor a floating tensor.
             RuntimeError: The head is sharded.
         """
         _check.check_positive("MLDecoder", "num_classes", num_classes)

@@ -41,8 +41,8 @@ class TransformerDecoder(DecoderHead):
     Raises:
         ValueError: A width, number, rate, prior or name, or the shape of given queries, does not fit, or the loss has
             the reduction "none"; the message names it.
-        TypeError: A width or number is no integer, given queries are of no floating dtype, or `loss` is no module with
-            `options()`.
+        TypeError: A width or number is no integer, queries are neither a name nor a floating tensor, or `loss` is no
+            module with `options()`.
 
     Source:
         ML-Decoder, section 2.2, Eq. 2, Fig. 3 (left).
@@ -92,7 +92,7 @@ class TransformerDecoder(DecoderHead):
 
         Raises:
             ValueError: The number is below 1, the queries do not fit, or they must be given anew.
-            TypeError: The number is no integer, or the queries are of no floating dtype.
+            TypeError: The number is no integer, or the queries are neither a name nor a floating tensor.
             RuntimeError: The head is sharded.
         """
         self._reset_last(num_classes, num_classes, queries)

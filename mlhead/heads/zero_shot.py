@@ -183,12 +183,12 @@ class ZeroShotMLDecoder(AttentionHead):
         where = "ZeroShotMLDecoder"
         self._refuse_shards("reset")
         _check.check_positive(where, "num_classes", num_classes)
-        banks = _named(where, word_vectors, num_classes)
-        _word_dim(where, banks, self.word_dim)
-        self.banks = WordBanks(self.word_dim, self.group_size, self.duplicate_pooling_bias)
-        self._used, self.num_classes = None, num_classes
-        for name, vectors in banks.items():
-            self.set_bank(name, vectors)
+        given = _named(where, word_vectors, num_classes)
+        _word_dim(where, given, self.word_dim)
+        banks = WordBanks(self.word_dim, self.group_size, self.duplicate_pooling_bias)
+        for name, vectors in given.items():
+            banks.put(name, vectors)
+        self.banks, self._used, self.num_classes = banks, None, num_classes
 
     @property
     def num_classes(self) -> int:
@@ -247,14 +247,10 @@ class ZeroShotMLDecoder(AttentionHead):
         """As `Head.set_prior`; of a probability for each class the mean is taken, for the bias is one number.
 
         Raises:
-            ValueError: The shape is not (C,).
+            ValueError: The shape is not (C,), or a value is NaN or outside [0, 1], as of `Head.set_prior`.
             RuntimeError: The head is sharded.
         """
-        values = torch.as_tensor(prior)
-        if values.ndim:
-            _check.check_shape("ZeroShotMLDecoder", "prior", values, "(C,)", (self.num_classes,))
-            values = values.double().mean()
-        super().set_prior(values)
+        super().set_prior(self._prior(prior).mean())
 
     def _classes(self, word_vectors: Tensor | None, *, augment: bool = False) -> _Classes:
         """The classes of a call, in rows that fill their groups."""
@@ -291,7 +287,7 @@ class ZeroShotMLDecoder(AttentionHead):
         """Queries (G, E) of rows (G J, W)."""
         if self.full:
             return F.relu(self.wordvec_proj(rows))
-        q = self.query_proj(rows).view(len(rows) // group_size, -1)
+        q = self.query_proj(rows).unflatten(0, (-1, group_size)).flatten(1)
         return F.pad(q, (0, self.embed_dim - q.shape[1])) if q.shape[1] < self.embed_dim else q
 
     def _steps(self, classes: _Classes, B: int) -> list[_Classes]:

@@ -61,7 +61,8 @@ def autocast(device_type: str, *tensors: Tensor | None) -> tuple[Tensor | None, 
         return tensors
     dtype = torch.get_autocast_dtype(device_type)
     return tuple(
-        t if t is None or not t.is_floating_point() or t.dtype == torch.float64 else t.to(dtype) for t in tensors
+        t.to(dtype) if isinstance(t, Tensor) and t.is_floating_point() and t.dtype != torch.float64 else t
+        for t in tensors
     )
 
 

@@ -31,7 +31,8 @@ class LossOptions(TypedDict, total=False):
         pos_weight: (C), what a positive of a class counts in "bce".
         sample_weight: (B), multiplies the loss of an image.
         ignore: Elements whose label is unknown, which have neither loss nor gradient: a bool mask (B, C) beside dense
-            targets, `SparseTargets` beside sparse ones. Not for "softmax".
+            targets, where it wins over a positive; `SparseTargets` beside sparse ones, which must not list a class of
+            an image that the targets list too. Not for "softmax".
         label_smoothing: s in [0, 1), 0 by default, not for "asl".
         gamma_neg: Of "asl", 4 by default.
         gamma_pos: Of "asl", 0 by default.
@@ -66,14 +67,21 @@ _ASL = {"gamma_neg": 4.0, "gamma_pos": 0.0, "margin": 0.05, "eps": 1e-8, "detach
 _WEIGHTS = {"class_weight": "(C,)", "pos_weight": "(C,)", "sample_weight": "(B,)"}
 
 
-def _asl(where: str, options: dict[str, Any]) -> tuple[float, float, float, float, bool]:
-    gamma_neg, gamma_pos, margin, eps, detach = (options.get(name, default) for name, default in _ASL.items())
+def check_asl(where: str, gamma_neg: float, gamma_pos: float, margin: float, eps: float) -> None:
+    """The numbers of the asymmetric loss."""
     for name, gamma in (("gamma_neg", gamma_neg), ("gamma_pos", gamma_pos)):
+        _check.check_number(where, name, gamma)
         if not 0 <= gamma < math.inf:
             _check.fail(where, name, "finite and at least 0", gamma)
     _check.check_probability(where, "margin", margin)
+    _check.check_number(where, "eps", eps)
     if not 0.0 < eps < 1.0:
         _check.fail(where, "eps", "in (0, 1)", eps)
+
+
+def _asl(where: str, options: dict[str, Any]) -> tuple[float, float, float, float, bool]:
+    gamma_neg, gamma_pos, margin, eps, detach = (options.get(name, default) for name, default in _ASL.items())
+    check_asl(where, gamma_neg, gamma_pos, margin, eps)
     return float(gamma_neg), float(gamma_pos), float(margin), float(eps), bool(detach)
 
 

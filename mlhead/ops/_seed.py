@@ -17,7 +17,8 @@ def seed_tensor(where: str, seed: int | Tensor | None, device: torch.device) -> 
         return torch.randint(0, 2**62, (), dtype=torch.int64, device=device)
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64 or seed.ndim != 0:
-            _check.fail(where, "seed", "an int64 scalar tensor", f"{seed.dtype} {tuple(seed.shape)}")
+            error = TypeError if seed.dtype != torch.int64 else ValueError
+            _check.fail(where, "seed", "an int64 scalar tensor", f"{seed.dtype} {tuple(seed.shape)}", error)
         return seed.to(device)
     if not isinstance(seed, numbers.Integral):
         _check.fail(where, "seed", "an int, an int64 scalar tensor or None", type(seed).__name__, TypeError)

@@ -23,8 +23,8 @@ def may_read_values(*tensors: Tensor | None) -> bool:
 class SparseTargets(NamedTuple):
     """The labels of a batch as lists of classes: what a million classes need instead of a dense (B, C) tensor.
 
-    Make one with `from_lists`, `from_dense` or `from_csr`, which sort; DataLoader pins its tensors. `from_lists` checks
-    what it is given; all else is checked where it is used, by `check`.
+    Make one with `from_lists`, `from_dense` or `from_csr`, which sort and check; DataLoader pins its tensors. What is
+    put together otherwise is checked where it is used, by `check`.
 
     Args:
         indices: Classes (N), int64, those of an image one after another in ascending order, each once.
@@ -74,35 +74,50 @@ class SparseTargets(NamedTuple):
 
     @classmethod
     def from_dense(cls, targets: Tensor, *, ignore: Tensor | None = None) -> SparseTargets:
-        """Targets of a dense y (B, C), whose values are not checked here.
+        """Targets of a dense y (B, C).
 
         Args:
             targets: y (B, C) in [0, 1], or -1 for an unknown label; bool, integer or floating.
             ignore: (B, C) bool, True for an unknown label, or None.
 
         Raises:
-            ValueError: y does not have two axes.
-            RuntimeError: The mask is not bool, or does not fit y.
+            ValueError: y does not have two axes, the mask does not fit y, or on the CPU a value of y is wrong. On CUDA
+                wrong values end in an asynchronous device assertion.
+            TypeError: y is no dense real tensor, or the mask is not bool.
         """
+        where = "SparseTargets"
+        _check.check_real(where, "targets", targets)
+        if targets.layout != torch.strided:
+            _check.fail(where, "targets", "dense", targets.layout, TypeError)
+        _check.check_ndim(where, "targets", targets, "(B, C)")
         y = targets if targets.is_floating_point() else targets.to(torch.float32)
-        y = y if ignore is None else y.masked_fill(ignore, -1.0)
+        if ignore is not None:
+            check_mask(where, ignore, y)
+            y = y.masked_fill(ignore, -1.0)
         rows, indices = y.nonzero(as_tuple=True)
         values = y[rows, indices]
         counts = torch.bincount(rows, minlength=y.shape[0])
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        return cls(indices, offsets, None if bool((values == 1).all()) else values, y.shape[1])
+        made = cls(indices, offsets, None if bool((values == 1).all()) else values, y.shape[1])
+        made.check(where, "targets")
+        return made
 
     @classmethod
     def from_csr(cls, targets: Tensor) -> SparseTargets:
-        """Targets of a torch sparse CSR tensor (B, C), whose values are y, floating; they are not checked here.
+        """Targets of a torch sparse CSR tensor (B, C), whose values are y, floating.
 
         Raises:
-            TypeError: The tensor is not sparse CSR of two axes.
+            ValueError: The tensor does not have two axes, or on the CPU a value or a class is wrong. On CUDA wrong
+                values end in an asynchronous device assertion.
+            TypeError: It is no sparse CSR tensor, or not floating.
         """
-        if targets.layout != torch.sparse_csr or targets.ndim != 2:
-            _check.fail("SparseTargets", "targets", "a torch.sparse_csr tensor (B, C)", targets.layout, TypeError)
-        indices, offsets = targets.col_indices().long(), targets.crow_indices().long()
-        return cls(indices, offsets, targets.values(), targets.shape[1])._sorted()
+        where = "SparseTargets"
+        if not isinstance(targets, Tensor) or targets.layout != torch.sparse_csr:
+            found = targets.layout if isinstance(targets, Tensor) else type(targets).__name__
+            _check.fail(where, "targets", "a torch.sparse_csr tensor (B, C)", found, TypeError)
+        made = _from_csr(where, targets)
+        made.check(where, "targets")
+        return made
 
     @property
     def batch(self) -> int:
@@ -126,11 +141,16 @@ class SparseTargets(NamedTuple):
         """Dense y (B, C), -1 where the label is unknown.
 
         Args:
-            dtype: Of y. A bool or unsigned one cannot hold the -1, nor an integer one a y between 0 and 1.
+            dtype: Of y. A bool or unsigned one cannot hold the -1, which on CUDA becomes another value, True of a bool;
+                an integer one cannot hold a y between 0 and 1.
 
         Raises:
+            ValueError: On the CPU a label is unknown, and `dtype` is bool or unsigned.
             IndexError: On the CPU a class is out of range, which `check` would have said.
         """
+        given = None if dtype.is_signed else self.values
+        if given is not None and given.device.type == "cpu" and may_read_values(given) and bool((given < 0).any()):
+            _check.fail("SparseTargets", "dtype", "one that holds the -1 of an unknown label", dtype)
         y = torch.zeros(self.batch, self.num_classes, dtype=dtype, device=self.indices.device)
         values = torch.ones((), dtype=dtype, device=y.device) if self.values is None else self.values.to(dtype)
         return y.index_put_((self.rows(), self.indices), values)
@@ -139,6 +159,19 @@ class SparseTargets(NamedTuple):
         order = torch.argsort(self.rows() * self.num_classes + self.indices, stable=True)
         values = None if self.values is None else self.values[order]
         return self._replace(indices=self.indices[order], values=values)
+
+    def _check_form(self, where: str, argument: str) -> None:
+        """Types, dtypes and shapes alone."""
+        indices, offsets, values, _ = self
+        for name, tensor in (("indices", indices), ("offsets", offsets)):
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.ndim != 1:
+                found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
+                _check.fail(where, f"{argument}.{name}", "int64 of one axis", found, TypeError)
+        if values is not None:
+            _check.check_tensor(where, f"{argument}.values", values)
+            _check.check_shape(where, f"{argument}.values", values, "(N,)", indices.shape)
+        if offsets.shape[0] < 1:
+            _check.fail(where, f"{argument}.offsets", "(B + 1,)", tuple(offsets.shape))
 
     def check(self, where: str, argument: str) -> None:
         """That indices and offsets are what `SparseTargets` says, on a CPU with the row of what is wrong.
@@ -150,18 +183,11 @@ class SparseTargets(NamedTuple):
             argument: What they are called there.
 
         Raises:
-            TypeError: Indices or offsets are no int64 tensor of one axis.
-            ValueError: The values are not floating (N), or on the CPU a number does not fit.
+            TypeError: Indices or offsets are no int64 tensor of one axis, or the values no floating tensor.
+            ValueError: The values are not (N), or on the CPU a number does not fit.
         """
+        self._check_form(where, argument)
         indices, offsets, values, C = self
-        for name, tensor in (("indices", indices), ("offsets", offsets)):
-            if not isinstance(tensor, Tensor) or tensor.dtype != torch.int64 or tensor.ndim != 1:
-                found = f"{tensor.dtype} {tuple(tensor.shape)}" if isinstance(tensor, Tensor) else type(tensor).__name__
-                _check.fail(where, f"{argument}.{name}", "int64 of one axis", found, TypeError)
-        if values is not None and (values.shape != indices.shape or not values.is_floating_point()):
-            _check.fail(where, f"{argument}.values", f"floating (N,) = {tuple(indices.shape)}", tuple(values.shape))
-        if offsets.shape[0] < 1:
-            _check.fail(where, f"{argument}.offsets", "(B + 1,)", tuple(offsets.shape))
         if not may_read_values(indices, offsets, values):
             return
         steps, N = offsets.diff(), indices.shape[0]
@@ -190,6 +216,12 @@ class SparseTargets(NamedTuple):
             _check.fail(where, f"{argument}.values", "in [0, 1], or -1", f"{float(values[i])} in row {int(rows[i])}")  # type: ignore[index]
 
 
+def _from_csr(where: str, targets: Tensor) -> SparseTargets:
+    _check.check_ndim(where, "targets", targets, "(B, C)")
+    indices, offsets = targets.col_indices().long(), targets.crow_indices().long()
+    return SparseTargets(indices, offsets, targets.values(), targets.shape[1])._sorted()
+
+
 def _from_pair(where: str, indices: Any, offsets: Any, C: int) -> SparseTargets:
     """Targets of plain (indices, offsets), in any order within a row."""
     given = SparseTargets(indices, offsets, None, C)
@@ -203,17 +235,27 @@ def _from_pair(where: str, indices: Any, offsets: Any, C: int) -> SparseTargets:
     return given
 
 
-def as_sparse(where: str, targets: Any, C: int) -> Any:
-    """`SparseTargets` of the other sparse forms; anything else as it is."""
-    if isinstance(targets, Tensor) and targets.layout == torch.sparse_csr:
-        return SparseTargets.from_csr(targets)
-    if isinstance(targets, tuple) and not isinstance(targets, SparseTargets) and len(targets) == 2:
+def as_sparse(where: str, targets: Any, C: int) -> Tensor | SparseTargets:
+    """`SparseTargets`, whose numbers are not checked here, of any sparse form; a dense tensor as it is."""
+    if isinstance(targets, SparseTargets):
+        return targets
+    if isinstance(targets, tuple) and len(targets) == 2:
         return _from_pair(where, *targets, C)
+    found = targets.layout if isinstance(targets, Tensor) else type(targets).__name__
+    if found == torch.sparse_csr:
+        return _from_csr(where, targets)
+    if found != torch.strided:
+        must = "a tensor (B, C), SparseTargets, (indices, offsets) or a sparse CSR tensor"
+        _check.fail(where, "targets", must, found, TypeError)
     return targets
 
 
-def merge_ignore(where: str, targets: SparseTargets, ignore: SparseTargets) -> SparseTargets:
-    """Targets with the classes of `ignore` as unknown ones."""
+def merge_ignore(where: str, targets: SparseTargets, ignore: Any) -> SparseTargets:
+    """Targets with the classes of `ignore` as unknown ones; `check` finds those that are listed in both."""
+    if not isinstance(ignore, SparseTargets):
+        _check.fail(where, "ignore", "SparseTargets like targets", type(ignore).__name__, TypeError)
+    targets._check_form(where, "targets")
+    ignore._check_form(where, "ignore")
     if ignore.num_classes != targets.num_classes or ignore.offsets.shape != targets.offsets.shape:
         must = f"of {targets.batch} rows and {targets.num_classes} classes like targets"
         _check.fail(where, "ignore", must, f"{ignore.batch} rows and {ignore.num_classes} classes")
@@ -245,13 +287,8 @@ def prepare(
         targets = SparseTargets(targets.long(), torch.arange(B + 1, device=targets.device), None, C)
     if isinstance(targets, SparseTargets):
         if ignore is not None:
-            if not isinstance(ignore, SparseTargets):
-                _check.fail(where, "ignore", "SparseTargets like targets", type(ignore).__name__, TypeError)
             targets = merge_ignore(where, targets, ignore)
         return _sparse(where, targets, loss, B, C, device, dtype)
-    if not isinstance(targets, Tensor):
-        must = "a tensor (B, C), SparseTargets, (indices, offsets) or a sparse CSR tensor"
-        _check.fail(where, "targets", must, type(targets).__name__, TypeError)
     return _dense(where, targets, ignore, B, C, device), None, None
 
 
@@ -274,35 +311,44 @@ def _sparse(
 
 
 def _dense(where: str, targets: Tensor, ignore: Any, B: int, C: int, device: torch.device) -> Tensor:
-    if targets.is_complex():
-        _check.fail(where, "targets", "real", targets.dtype, TypeError)
+    _check.check_real(where, "targets", targets)
     _check.check_shape(where, "targets", targets, "(B, C)", (B, C))
     if targets.device != device:
         _check.fail(where, "targets", f"on {device} like the features", targets.device)
-    check_range(where, targets)
+    check_range(where, "targets", targets)
     small = targets.dtype in (torch.bool, torch.int8, torch.uint8)
     if not targets.is_floating_point() and not small:
         targets, small = targets.to(torch.int8), True
     if ignore is None:
         return targets
-    if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
-        found = ignore.dtype if isinstance(ignore, Tensor) else type(ignore).__name__
-        _check.fail(where, "ignore", "a bool tensor (B, C) beside dense targets", found, TypeError)
-    _check.check_shape(where, "ignore", ignore, "(B, C)", (B, C))
-    if ignore.device != device:
-        _check.fail(where, "ignore", f"on {device} like the features", ignore.device)
+    check_mask(where, ignore, targets)
     return (targets.to(torch.int8) if small else targets).masked_fill(ignore, -1)
 
 
-def check_range(where: str, targets: Tensor, low: float = 0, high: float = 1) -> None:
-    """All of [low, high] and none NaN: read on a CPU, asserted asynchronously on a GPU."""
-    if targets.numel() == 0 or targets.dtype == torch.bool or not may_read_values(targets):
+def check_mask(where: str, ignore: Any, targets: Tensor) -> None:
+    """`ignore` beside dense targets: bool, of their shape and on their device."""
+    if not isinstance(ignore, Tensor) or ignore.dtype != torch.bool:
+        found = ignore.dtype if isinstance(ignore, Tensor) else type(ignore).__name__
+        _check.fail(where, "ignore", "a bool tensor (B, C) beside dense targets", found, TypeError)
+    _check.check_shape(where, "ignore", ignore, "(B, C)", targets.shape)
+    if ignore.device != targets.device:
+        _check.fail(where, "ignore", f"on {targets.device} like targets", ignore.device)
+
+
+def check_range(
+    where: str, argument: str, values: Tensor, low: float = 0, high: float = 1, *, unknown: bool = False
+) -> None:
+    """All in [low, high], or with `unknown` -1, and none NaN: read on a CPU, asserted asynchronously on a GPU."""
+    if values.numel() == 0 or values.dtype == torch.bool or not may_read_values(values):
         return
-    smallest, largest = torch.aminmax(targets.detach())  # hands NaN on, and NaN fails both comparisons
-    must = f"in [{low:g}, {high:g}] and not NaN"
-    if targets.device.type == "cuda":
-        torch._assert_async((smallest >= low) & (largest <= high), f"{where}: targets must be {must}")
+    values, on_gpu = values.detach(), values.device.type == "cuda"
+    smallest, largest = torch.aminmax(values)  # hands NaN on, and NaN fails both comparisons
+    if unknown and (on_gpu or smallest == -1):
+        smallest = values.masked_fill(values == -1, low).amin()
+    must = f"in [{low:g}, {high:g}]{' or -1' if unknown else ''} and not NaN"
+    if on_gpu:
+        torch._assert_async((smallest >= low) & (largest <= high), f"{where}: {argument} must be {must}")
     elif not (smallest >= low and largest <= high):
         nan = bool(smallest != smallest)
         found = "NaN" if nan else f"values from {smallest.item():g} to {largest.item():g}"
-        _check.fail(where, "targets", must, found)
+        _check.fail(where, argument, must, found)

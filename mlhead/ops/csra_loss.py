@@ -76,7 +76,7 @@ def csra_loss(
 
     Raises:
         ValueError: A shape, device or option does not fit, or on the CPU a target's value; the message names it.
-        TypeError: An argument has no usable dtype, or an option is unknown.
+        TypeError: An argument is of a wrong type or dtype, or an option is unknown.
         BackendError: An explicitly chosen backend cannot run this call.
 
     Numerics:

@@ -214,12 +214,10 @@ def csra_attention(
         x, weight = autocast(x.device.type, x, weight)  # type: ignore[assignment]
     _check_weight("csra_attention", x, weight)
     T = _check_temperatures("csra_attention", temperatures, weight.shape[0])
-    index = torch.as_tensor(classes)
+    index = _check.as_classes("csra_attention", classes)
     B, C = x.shape[0], weight.shape[1]
     if index.ndim not in (1, 2) or (index.ndim == 2 and index.shape[0] != B):
         _check.fail("csra_attention", "classes", f"(K,) or (B, K) with B = {B}", tuple(index.shape))
-    if index.is_floating_point() or index.dtype == torch.bool:
-        _check.fail("csra_attention", "classes", "integers", index.dtype, TypeError)
     # On a GPU reading the values would wait for the device; there torch's own assertion ends a wrong index.
     if index.device.type == "cpu" and index.numel() and not (0 <= index.min() and index.max() < C):
         _check.fail("csra_attention", "classes", f"in [0, C) = [0, {C})", index.tolist())

@@ -108,7 +108,7 @@ def dropout_add_layer_norm(
 
     Raises:
         ValueError: A shape, a device, dropout_p or eps does not fit; the message names the argument.
-        TypeError: An argument is no floating tensor, or the dtypes do not fit.
+        TypeError: An argument is no floating tensor, the dtypes do not fit, or the seed is of a wrong type or dtype.
         BackendError: An explicitly chosen backend cannot run this call.
 
     Numerics:

@@ -79,7 +79,7 @@ def group_fc_loss(
     Raises:
         ValueError: A shape, device or option does not fit, or on the CPU a target's value; the message names it. On
             CUDA wrong values end in an asynchronous device assertion.
-        TypeError: An argument has no usable dtype, or an option is unknown.
+        TypeError: An argument is of a wrong type or dtype, or an option is unknown.
         BackendError: An explicitly chosen backend cannot run this call.
 
     Numerics:
@@ -94,6 +94,7 @@ def group_fc_loss(
         ML-Decoder, Eq. 3 and section 2.3; ASL, Eq. 7. The gradients are made in the forward pass, see docs/loss.md.
     """
     where, parameter = "group_fc_loss", weight
+    _check.check_tensor(where, "h", h)
     if is_autocasting(h.device.type):
         h, weight, bias = autocast(h.device.type, h, weight, bias)  # type: ignore[assignment]
     h, weight, bias, C = check_group_fc(where, h, weight, bias, num_classes)

@@ -48,7 +48,7 @@ def linear_loss(
 
     Raises:
         ValueError: A shape, device or option does not fit, or on the CPU a target's value; the message names it.
-        TypeError: An argument has no usable dtype, or an option is unknown.
+        TypeError: An argument is of a wrong type or dtype, or an option is unknown.
         BackendError: An explicitly chosen backend cannot run this call.
 
     Numerics and memory:
@@ -58,6 +58,7 @@ def linear_loss(
         The last layer of a GAP head with its loss: ASL, Eq. 7; softmax as in fused linear cross-entropy.
     """
     where, parameter = "linear_loss", weight
+    _check.check_tensor(where, "x", x)
     if is_autocasting(x.device.type):
         x, weight, bias = autocast(x.device.type, x, weight, bias)  # type: ignore[assignment]
     check_linear(where, x, weight, bias)

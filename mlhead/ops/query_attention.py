@@ -136,7 +136,8 @@ def query_attention(
 
     Raises:
         ValueError: A shape, a device, num_heads or dropout_p does not fit; the message names the argument.
-        TypeError: An argument is no floating tensor, the dtypes differ, or the mask is not bool.
+        TypeError: An argument is no floating tensor, the dtypes differ, the mask is not bool, or the seed is of a wrong
+            type or dtype.
         BackendError: An explicitly chosen backend cannot run this call.
 
     Numerics:

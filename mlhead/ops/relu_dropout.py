@@ -77,7 +77,7 @@ def relu_dropout(
 
     Raises:
         ValueError: The shape or dropout_p does not fit; the message names the argument.
-        TypeError: x is no floating tensor.
+        TypeError: x is no floating tensor, or the seed is of a wrong type or dtype.
         BackendError: An explicitly chosen backend cannot run this call.
 
     Numerics:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .. import _check
 from ..ops._loss_chunks import Block
 from ..ops._loss_update import grouped
 from ._blocks import BlockPass, wide_dtype
@@ -35,7 +36,7 @@ class ClassAdafactor(ClassOptimizer):
 
     Raises:
         ValueError: An option or the shape of a parameter does not fit; the message names it.
-        TypeError: A parameter is no floating tensor, or `block_numbers` is no integer.
+        TypeError: A parameter is no floating tensor, `block_numbers` is no integer, or `eps` is no pair of numbers.
 
     Source:
         Shazeer and Stern, Adafactor (2018), without momentum, as `torch.optim.Adafactor`.
@@ -62,7 +63,11 @@ class ClassAdafactor(ClassOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        where = type(self).__name__
+        _check.check_pair(where, "eps", group["eps"])
         eps1, eps2 = group["eps"]
+        for eps in (eps2,) if eps1 is None else (eps1, eps2):
+            _check.check_number(where, "eps", eps)
         if not ((eps1 is None or eps1 >= 0) and eps2 >= 0):
             self._fail("eps", "two numbers of at least 0, the first perhaps None", group["eps"])
         if not group["beta2_decay"] <= 0:

@@ -27,7 +27,7 @@ class ClassAdamW(ClassOptimizer):
 
     Raises:
         ValueError: An option or the shape of a parameter does not fit; the message names it.
-        TypeError: A parameter is no floating tensor, or `block_numbers` is no integer.
+        TypeError: A parameter is no floating tensor, `block_numbers` is no integer, or `betas` is no pair of numbers.
 
     Source:
         Loshchilov and Hutter, Decoupled weight decay regularization (2019).
@@ -53,6 +53,7 @@ class ClassAdamW(ClassOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        _check.check_pair(type(self).__name__, "betas", group["betas"])
         for beta in group["betas"]:
             _check.check_probability(type(self).__name__, "betas", beta)
         if not group["eps"] >= 0:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import _check
 from ..ops import SparseTargets
-from ..ops._targets import as_sparse, merge_ignore
+from ..ops._targets import as_sparse, check_mask, merge_ignore
 from ._moves import Group, all_rows, own_columns_of_rows
 
 
@@ -24,17 +24,11 @@ def as_dense_or_sparse(where: str, targets: Any, ignore: Any, loss: str, C: int)
         if targets.num_classes != C:
             _check.fail(where, "targets", f"of C = {C} classes", targets.num_classes)
         targets.check(where, "targets")
-        if ignore is not None:
-            if not isinstance(ignore, SparseTargets):
-                _check.fail(where, "ignore", "SparseTargets like targets", type(ignore).__name__, TypeError)
-            targets, ignore = merge_ignore(where, targets, ignore), None
-        return targets, None
-    if not isinstance(targets, Tensor):
-        must = "a tensor (B, C), SparseTargets, (indices, offsets) or a sparse CSR tensor"
-        _check.fail(where, "targets", must, type(targets).__name__, TypeError)
-    for name, value in (("targets", targets), ("ignore", ignore)):
-        if value is not None and (value.ndim != 2 or value.shape[1] != C):
-            _check.fail(where, name, f"(B, C) with C = {C}", tuple(value.shape))
+        return (targets if ignore is None else merge_ignore(where, targets, ignore)), None
+    if targets.ndim != 2 or targets.shape[1] != C:
+        _check.fail(where, "targets", f"(B, C) with C = {C}", tuple(targets.shape))
+    if ignore is not None:
+        check_mask(where, ignore, targets)
     return targets, ignore
 
 
