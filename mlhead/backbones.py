@@ -15,6 +15,7 @@ from .heads import HEADS, CSRAHead, GAPHead
 from .heads.max_score import NormOfMean, fixed_lam, linear_classifier
 from .ops import SparseTargets
 from .ops._loss_options import Targets
+from .ops._loss_update import Update
 
 
 class HeadedModel(nn.Module):
@@ -71,6 +72,7 @@ class HeadedModel(nn.Module):
         *,
         sample_weight: Tensor | None = None,
         ignore: Tensor | SparseTargets | None = None,
+        update: Update | None = None,
     ) -> Tensor:
         """Logits (B, C) of images, or with targets the loss of the head.
 
@@ -79,6 +81,7 @@ class HeadedModel(nn.Module):
             targets: None, or labels in any form that the head takes: y (B, C), `SparseTargets` and others, see `Head`.
             sample_weight: (B,), multiplies the loss of an image; only with targets.
             ignore: Elements of unknown label, see `Head`; only with targets.
+            update: An optimizer that updates the head's `class_parameter` in backward, see `Head`; only with targets.
 
         Returns:
             (B, C); with targets a scalar.
@@ -89,7 +92,12 @@ class HeadedModel(nn.Module):
             TypeError: As of the head.
             BackendError: An explicitly chosen backend cannot run this call.
         """
-        options: dict[str, Any] = {"targets": targets, "sample_weight": sample_weight, "ignore": ignore}
+        options: dict[str, Any] = {
+            "targets": targets,
+            "sample_weight": sample_weight,
+            "ignore": ignore,
+            "update": update,
+        }
         options = {name: value for name, value in options.items() if value is not None}
         if options and not self._takes_targets:
             _check.fail("HeadedModel", "head", "one that takes targets, for a loss", type(self.head).__name__)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 
 from . import _check
-from .optim import BYTES_OF_A_NUMBER, block_numbers
+from .optim import BYTES_OF_A_NUMBER, ROUNDINGS, block_numbers
 
 # How many numbers of state an optimizer keeps for each weight.
 STATES = {"none": 0, "sgd": 0, "momentum": 1, "adamw": 2, "adafactor": 0}
@@ -49,6 +49,7 @@ def head_memory(
     optimizer: str = "adamw",
     loss_in_head: bool = True,
     fused_update: bool = False,
+    rounding: str = "nearest",
     device: str = "cpu",
     threads: int = 1,
     devices: int = 1,
@@ -77,6 +78,8 @@ def head_memory(
             (torch.optim), with `fused_update` in fp32 (mlhead.optim).
         loss_in_head: Whether the loss is `linear_loss` / `group_fc_loss`; else eager BCE of dense targets.
         fused_update: Whether a `mlhead.optim` optimizer updates the weights in backward.
+        rounding: Of such an optimizer, "nearest", "stochastic" or "kahan", which keeps as many numbers again as a
+            16-bit weight has.
         device: "cpu" or "cuda".
         threads: Threads of the CPU.
         devices: N, the devices that share the classes.
@@ -96,6 +99,9 @@ def head_memory(
         _check.check_positive(where, name, value)
     _check.check_choice(where, "optimizer", optimizer, tuple(STATES))
     _check.check_choice(where, "device", device, ("cpu", "cuda"))
+    _check.check_choice(where, "rounding", rounding, ROUNDINGS)
+    if rounding != "nearest" and not fused_update:
+        _check.fail(where, "rounding", "'nearest' without a fused update", repr(rounding))
     if fused_update and devices > 1:
         _check.fail(where, "fused_update", "False with several devices", fused_update)
     s, J = dtype.itemsize, -(-num_classes // groups)
@@ -114,6 +120,8 @@ def head_memory(
     state = STATES[optimizer] * (matrix + num_classes) * state_bytes
     if optimizer == "adafactor":
         state = 4 * num_classes  # a number a class; the columns' are few
+    if rounding == "kahan" and s == 2:
+        state += s * matrix
     scratch = 0
     if loss_in_head:
         scratch = (48 << 20) if device == "cuda" else (threads * (2 << 20) + min(16 << 20, 128 * images * width * 4))

@@ -22,6 +22,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 
 from mlhead import CSRAHead, GAPHead, MLDecoder, SparseTargets, TransformerDecoder, ZeroShotMLDecoder, losses
+from mlhead.optim import ClassSGD
 from mlhead.parallel import class_parameters, clip_grad_norm_, parallelize_head
 
 D, L, E = 12, 5, 8
@@ -345,7 +346,7 @@ def check_meta() -> None:
 def check_errors() -> None:
     """Wrong use is named on every device."""
     x = torch.ones(1, L, D)
-    head, mesh = GAPHead(D, 10), init_device_mesh("cpu", (dist.get_world_size(),))
+    head, weight, mesh = GAPHead(D, 10), torch.zeros(10, D), init_device_mesh("cpu", (dist.get_world_size(),))
     own = parallelize_head(GAPHead(D, 10), mesh, input_layouts=Shard(0))
     unknown = SparseTargets.from_lists([[1]], 10)
     wrong: list[tuple[Callable[[], Any], type[Exception], str]] = [
@@ -364,6 +365,11 @@ def check_errors() -> None:
         (lambda: head(x, torch.ones(1, 10), ignore=torch.ones(1, 9) > 0), ValueError, "ignore must be"),
         (lambda: head(x, [1]), TypeError, "targets must be a tensor"),
         (lambda: head.topk(x, 11), ValueError, "k must be"),
+        (
+            lambda: head(x, unknown, update=ClassSGD([weight], lr=0.1)),
+            ValueError,
+            "update must be None for a sharded head",
+        ),
     ]
     for call, error, text in wrong:
         with pytest.raises(error, match=text):

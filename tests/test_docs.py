@@ -33,6 +33,15 @@ def for_readme() -> dict[str, Any]:
     return {"h": h, "weight": weight, "bias": bias, "images": torch.randn(2, 3, 64, 64)}
 
 
+class Strided(torch.nn.Conv2d):
+    """A backbone of one layer."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__(3, width, 4, stride=4)
+        self.num_features = width
+        self.forward_features = self.forward
+
+
 def for_loss() -> dict[str, Any]:
     """The classes are the million of the page; all else is small."""
     C, D, G = 1_000_000, 4, 100
@@ -45,9 +54,9 @@ def for_loss() -> dict[str, Any]:
         "tokens": (2, 3, D),
     }
     tensors = {name: torch.randn(shape, requires_grad=True) for name, shape in shapes.items()}
-    backbone, head = torch.nn.Linear(3, D), mlhead.GAPHead(D, C)
-    counts = torch.randint(0, 50, (C,))
-    more = {"heads": tensors["weight"][None], "labels": torch.tensor([5, 6]), "backbone": backbone, "head": head}
+    model, counts = mlhead.attach_head(Strided(D), "gap", C), torch.randint(0, 50, (C,))
+    more = {"heads": tensors["weight"][None], "labels": torch.tensor([5, 6]), "model": model}
+    more["images"] = torch.randn(2, 3, 8, 8)
     return {**tensors, **more, "mlhead": mlhead, "torch": torch, "counts": counts, "num_images": 1000}
 
 

@@ -15,6 +15,7 @@ from .. import _check
 from ..losses import BinaryCrossEntropy
 from ..ops._fused import autocast
 from ..ops._loss_options import Targets
+from ..ops._loss_update import Update
 from ..ops._targets import SparseTargets, check_range
 
 
@@ -72,6 +73,7 @@ class Head(nn.Module, ABC):
         pre_logits: bool = False,
         sample_weight: Tensor | None = None,
         ignore: Tensor | SparseTargets | None = None,
+        update: Update | None = None,
     ) -> Tensor:
         """Logits (B, C) of features (B, D, H, W) or (B, L, D), or with targets the loss.
 
@@ -83,18 +85,29 @@ class Head(nn.Module, ABC):
             sample_weight: (B,), multiplies the loss of an image; only with targets.
             ignore: Elements of unknown label, without loss: a bool mask (B, C) beside dense targets, `SparseTargets`
                 beside sparse ones; only with targets.
+            update: A `mlhead.optim` optimizer of `class_parameter`, which backward then updates, and which has no
+                gradient; only with targets, and not of a sharded head.
 
         Returns:
             (B, C); with targets a scalar, fp32 (fp64 for a head in fp64).
 
         Raises:
-            ValueError: A shape does not fit, `pre_logits` comes with targets, `sample_weight` or `ignore` without them,
-                or on the CPU a target's value is wrong. On CUDA wrong values end in an asynchronous device assertion.
+            ValueError: A shape does not fit, `pre_logits` comes with targets, `sample_weight`, `ignore` or `update`
+                without them, the head cannot have an `update`, or on the CPU a target's value is wrong. On CUDA wrong
+                values end in an asynchronous device assertion.
             TypeError: The features are no floating tensor or, outside autocast, of another dtype than the parameters;
-                or the targets are of no known form.
+                the targets are of no known form; or `update` is no optimizer of `mlhead.optim`.
             BackendError: An explicitly chosen backend cannot run this call.
         """
         raise NotImplementedError
+
+    @property
+    def class_parameter(self) -> Tensor | None:
+        """The weight that has a part for each class, which `update` takes: (C, D) or (G, E, J).
+
+        None for CSRA, and for zero-shot heads, which have no weight of the classes.
+        """
+        return None
 
     @abstractmethod
     def reset(self, num_classes: int) -> None:
@@ -224,11 +237,11 @@ class Head(nn.Module, ABC):
         if bias is not None:
             nn.init.constant_(bias, 0.0 if self.prior is None else math.log(self.prior / (1.0 - self.prior)) / gain)
 
-    def _options(self, targets: Any, pre_logits: bool, sample_weight: Any, ignore: Any) -> dict[str, Any]:
+    def _options(self, targets: Any, pre_logits: bool, sample_weight: Any, ignore: Any, update: Any) -> dict[str, Any]:
         """The options of the op that computes the loss; {} without targets."""
         where = type(self).__name__
         if targets is None:
-            for name, value in (("sample_weight", sample_weight), ("ignore", ignore)):
+            for name, value in (("sample_weight", sample_weight), ("ignore", ignore), ("update", update)):
                 if value is not None:
                     _check.fail(where, name, "None without targets", type(value).__name__)
             return {}
@@ -236,7 +249,14 @@ class Head(nn.Module, ABC):
             _check.fail(where, "targets", "labels (pre_logits is a keyword)", targets, TypeError)
         if pre_logits:
             _check.fail(where, "pre_logits", "False with targets", pre_logits)
-        return {**_loss_options(where, self.loss), "sample_weight": sample_weight, "ignore": ignore}
+        options = {**_loss_options(where, self.loss), "sample_weight": sample_weight, "ignore": ignore}
+        if update is None:
+            return options
+        if self.class_parameter is None:
+            _check.fail(where, "update", "None for a head without `class_parameter`", type(update).__name__)
+        if self._shards is not None:
+            _check.fail(where, "update", "None for a sharded head", type(update).__name__)
+        return {**options, "update": update}
 
     def _check_features(self, features: Tensor, like: Tensor) -> None:
         """Rank, width and dtype of the features; at least one position."""

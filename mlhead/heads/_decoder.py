@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import _check
 from ..ops import SparseTargets, group_fc, group_fc_loss, group_fc_topk
 from ..ops._loss_options import Targets
+from ..ops._loss_update import Update
 from ._base import Head, as_tokens, best_classes, factory
 from ._layer import DecoderLayer
 
@@ -137,6 +138,11 @@ class DecoderHead(AttentionHead):
             self.query_embed.reset_parameters()
         self._reset_group_fc()
 
+    @property
+    def class_parameter(self) -> Tensor:
+        """`duplicate_pooling` (G, E, J)."""
+        return self.duplicate_pooling
+
     def _bias_and_gain(self) -> tuple[Tensor | None, float]:
         return self.duplicate_pooling_bias, 1.0
 
@@ -148,6 +154,7 @@ class DecoderHead(AttentionHead):
         pre_logits: bool = False,
         sample_weight: Tensor | None = None,
         ignore: Tensor | SparseTargets | None = None,
+        update: Update | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, C), with targets the loss by `group_fc_loss`; the decoded queries (B, G, E) if `pre_logits`.
@@ -160,7 +167,7 @@ class DecoderHead(AttentionHead):
             TypeError: As of every `Head`, or key_mask is not bool.
             BackendError: An explicitly chosen backend cannot run this call.
         """
-        options = self._options(targets, pre_logits, sample_weight, ignore)
+        options = self._options(targets, pre_logits, sample_weight, ignore, update)
         memory = self._memory(features)
         h = self._layer(self.query_embed.weight, memory, key_mask)
         if pre_logits:

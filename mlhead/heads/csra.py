@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from .. import _check
 from ..ops import SparseTargets, csra_attention, csra_loss, csra_pool
 from ..ops._loss_options import Targets
+from ..ops._loss_update import Update
 from ..ops.topk import first_largest
 from ._base import Head, best_classes, factory, linear_init
 
@@ -191,13 +192,14 @@ class CSRAHead(Head):
         pre_logits: bool = False,
         sample_weight: Tensor | None = None,
         ignore: Tensor | SparseTargets | None = None,
+        update: Update | None = None,
     ) -> Tensor:
         """Logits (B, C) of maps or tokens, which are read where they lie; with targets the loss by `csra_loss`.
 
         With `pre_logits` the mean of the features over the positions (B, D): the part of the pooling that is the same
         for all classes. Arguments and errors are those of every `Head`.
         """
-        options = self._options(targets, pre_logits, sample_weight, ignore)
+        options = self._options(targets, pre_logits, sample_weight, ignore, update)
         self._check_features(features, self.weight)
         if pre_logits:
             return features.mean((2, 3)) if features.ndim == 4 else features.mean(1)

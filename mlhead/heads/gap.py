@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from .. import _check
 from ..ops import SparseTargets, linear_loss, linear_topk
 from ..ops._loss_options import Targets
+from ..ops._loss_update import Update
 from ._base import Head, best_classes, check_rate, factory, linear_init
 
 
@@ -76,6 +77,11 @@ class GAPHead(Head):
         self.fc.train(self.training)
         self.reset_parameters()
 
+    @property
+    def class_parameter(self) -> Tensor:
+        """`fc.weight` (C, D)."""
+        return self.fc.weight
+
     def _bias_and_gain(self) -> tuple[Tensor | None, float]:
         return self.fc.bias, 1.0
 
@@ -87,12 +93,13 @@ class GAPHead(Head):
         pre_logits: bool = False,
         sample_weight: Tensor | None = None,
         ignore: Tensor | SparseTargets | None = None,
+        update: Update | None = None,
     ) -> Tensor:
         """Logits (B, C), with targets the loss by `linear_loss`; the pooled features (B, D) if `pre_logits`.
 
         Arguments and errors are those of every `Head`.
         """
-        options = self._options(targets, pre_logits, sample_weight, ignore)
+        options = self._options(targets, pre_logits, sample_weight, ignore, update)
         self._check_features(features, self.fc.weight)
         pooled = features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
         pooled = F.dropout(pooled, self.dropout, self.training)

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from .. import _check
 from ..ops import SparseTargets, group_fc, group_fc_loss, group_fc_topk
 from ..ops._loss_options import Targets
+from ..ops._loss_update import Update
 from ..ops.topk import merge_topk
 from ._augmentation import QueryAugmentation
 from ._decoder import AttentionHead
@@ -350,6 +351,7 @@ class ZeroShotMLDecoder(AttentionHead):
         pre_logits: bool = False,
         sample_weight: Tensor | None = None,
         ignore: Tensor | SparseTargets | None = None,
+        update: Update | None = None,
         key_mask: Tensor | None = None,
     ) -> Tensor:
         """Logits (B, C), with targets the loss by `group_fc_loss`; the decoded queries (B, G, E) if `pre_logits`.
@@ -363,6 +365,7 @@ class ZeroShotMLDecoder(AttentionHead):
             pre_logits: See `Head`.
             sample_weight: See `Head`.
             ignore: See `Head`.
+            update: None; there is no weight of the classes to update.
             key_mask: (B, L) bool, True where a position may be attended, or None for all.
 
         Returns:
@@ -376,7 +379,8 @@ class ZeroShotMLDecoder(AttentionHead):
             BackendError: An explicitly chosen backend cannot run this call.
         """
         if self._shards is not None and not self._in_call:
-            given = {"pre_logits": pre_logits, "sample_weight": sample_weight, "ignore": ignore, "key_mask": key_mask}
+            given: dict[str, Any] = {"pre_logits": pre_logits, "sample_weight": sample_weight, "ignore": ignore}
+            given |= {"update": update, "key_mask": key_mask}
             if word_vectors is not None:
                 given["word_vectors"] = self._shards.sum_gradients(word_vectors)
             self._in_call = True
@@ -384,7 +388,7 @@ class ZeroShotMLDecoder(AttentionHead):
                 return functional_call(self, self._shards.summed(self), (features, targets), given)
             finally:
                 self._in_call = False
-        options = self._options(targets, pre_logits, sample_weight, ignore)
+        options = self._options(targets, pre_logits, sample_weight, ignore, update)
         memory = self._memory(features)
         classes, shard = self._classes(word_vectors, augment=True), self._call_shard(word_vectors)
         if shard is not None:

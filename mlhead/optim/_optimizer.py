@@ -18,17 +18,17 @@ from ._blocks import BlockPass, block_numbers, wide_dtype
 
 Rounding = Literal["nearest", "stochastic", "kahan"]
 
-_ROUNDINGS = ("nearest", "stochastic", "kahan")
+ROUNDINGS = ("nearest", "stochastic", "kahan")
 
 
 class ClassOptimizer(Optimizer):
     """Base of the optimizers that update class weights inside backward.
 
-    A step is one forward, one backward and `step()`. The backward of `group_fc_loss` or `linear_loss` with
-    `update=optimizer` updates the weight by the learning rate of that moment; `step()` only ends the step, so that
-    learning-rate schedulers and training loops find what they expect. Parameter groups, schedulers, hooks, `state_dict`
-    and `load_state_dict` are those of `torch.optim`. All else, the bias too, has gradients as ever and needs an
-    optimizer of its own.
+    A step is one forward, one backward and `step()`. The backward of `head(features, targets, update=optimizer)`, or of
+    `group_fc_loss` or `linear_loss` with `update=optimizer`, updates the weight by the learning rate of that moment;
+    `step()` only ends the step, so that learning-rate schedulers and training loops find what they expect. Parameter
+    groups, schedulers, hooks, `state_dict` and `load_state_dict` are those of `torch.optim`. All else, the bias too,
+    has gradients as ever and needs an optimizer of its own.
 
     Not having the gradient costs:
         * No clipping by a norm over all gradients, which would have to be known before the first block is updated.
@@ -111,7 +111,7 @@ class ClassOptimizer(Optimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         where = type(self).__name__
-        _check.check_choice(where, "rounding", group["rounding"], _ROUNDINGS)
+        _check.check_choice(where, "rounding", group["rounding"], ROUNDINGS)
         if group["state_dtype"] not in (torch.float32, torch.bfloat16):
             self._fail("state_dtype", "torch.float32 or torch.bfloat16", group["state_dtype"])
         if group["block_numbers"] is not None:
