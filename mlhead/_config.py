@@ -23,6 +23,9 @@ from mlhead._usage import UsageError, closest, require, usage_fail
 # Options that the task "classification" would not use.
 ZERO_SHOT_ONLY = ("unseen", "word_vectors", "query_noise", "random_queries")
 
+# What --fused-update can do inside backward.
+FUSED_OPTIMIZERS = ("adamw", "sgd", "momentum")
+
 # inf is not a Python literal, but temperatures need it; 1e999 is one, and is infinite.
 _INF = re.compile(r"\binf\b")
 
@@ -139,6 +142,11 @@ class TrainConfig:
         False,
         "train with the loss in the head, on sparse labels, without logits and dense targets; zero-shot always does",
     )
+    fused_update: bool = _option(
+        False,
+        "with --fused-loss: backward updates the classes' weight block by block, whose gradient never exists; for "
+        "--optimizer adamw, sgd or momentum",
+    )
     # Optimisation
     epochs: float = _option(10.0, "length of the run", least=0)
     steps: int | None = _option(None, "length of the run in optimizer steps, in place of --epochs", least=1)
@@ -160,6 +168,11 @@ class TrainConfig:
     seed: int = _option(0, "seed of the weights, the data and everything else that is random", least=0)
     eval_every: int | None = _option(None, "steps between evaluations; by default an epoch", least=1)
     checkpoint_every: int | None = _option(None, "steps between checkpoints; by default as --eval-every", least=1)
+    metrics: str = _option(
+        "all",
+        "mAP, F1 and others, of scores that are all kept; or, for very many classes, P@k and nDCG@k of the best five",
+        choices=("all", "topk"),
+    )
     log_every: int = _option(10, "steps between lines of the log", least=1)
     parallel: str | None = _option(
         None,
@@ -191,6 +204,8 @@ class TrainConfig:
             if self.head not in ("ml_decoder", "zero_shot"):
                 usage_fail("--head", "'zero_shot', or absent, for --task zero-shot", repr(self.head))
             self.head, self.fused_loss = "zero_shot", True
+            if self.metrics != "all":
+                usage_fail("--metrics", "'all' for --task zero-shot", repr(self.metrics))
         elif self.head == "zero_shot":
             usage_fail("--task", "'zero-shot' for --head zero_shot", repr(self.task))
         else:
@@ -205,6 +220,21 @@ class TrainConfig:
             usage_fail("--untagged-weight", f"1 with {why}", self.untagged_weight)
         if self.steps is None and self.epochs == 0:
             usage_fail("--epochs", "above 0", self.epochs)
+        if self.fused_update:
+            self._check_fused_update()
+
+    def _check_fused_update(self) -> None:
+        without: dict[str, tuple[bool, str]] = {
+            "fused_loss": (self.fused_loss, "on"),
+            "head": (self.head in ("gap", "ml_decoder", "transformer_decoder"), "gap or a decoder, no zero-shot one,"),
+            "optimizer": (self.optimizer.lower() in FUSED_OPTIMIZERS, f"one of {', '.join(FUSED_OPTIMIZERS)}"),
+            "clip_grad": (self.clip_grad is None, "absent"),
+            "accumulate": (self.accumulate == 1, "1"),
+            "amp": (self.amp != "fp16", "none or bf16"),
+        }
+        for name, (fits, must) in without.items():
+            if not fits:
+                usage_fail(flag(name), f"{must} with --fused-update", getattr(self, name))
 
     def _check_mixing(self) -> None:
         mixed = next((name for name in ("mixup", "cutmix") if getattr(self, name)), None)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlhead.checkpoints import write_atomically
-from mlhead.metrics import ACCURACY, NAMES
+from mlhead.metrics import ACCURACY, NAMES, TOP_K
 
 COLUMNS = (
     "kind",
@@ -24,6 +24,7 @@ COLUMNS = (
     "time_s",
     *NAMES,
     *ACCURACY,
+    *TOP_K,
 )
 
 

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn.parallel import DistributedDataParallel
 
@@ -44,6 +44,8 @@ class Spread:
         self.kind = "none" if world == 1 else config.parallel or "ddp"
         if world > 1 and self.kind == "none":
             usage_fail("--parallel", f"ddp or fsdp for {world} processes", "'none'")
+        if world > 1 and config.fused_update:
+            usage_fail("--fused-update", f"off for {world} processes", True)
         if world % classes:
             usage_fail("--class-parallel", f"a divisor of {world}, the number of processes", classes)
         if config.batch_size % world:
@@ -84,6 +86,7 @@ class Spread:
             mesh = init_device_mesh(self.device.type, (self.processes.world,))
             for module in (*_stages(model.backbone), model):
                 fully_shard(module, mesh=mesh, ignored_params=own)
+            register_fsdp_forward_method(model, "topk")
 
     def wrap(self, model: HeadedModel, image_shape: tuple[int, int, int]) -> nn.Module:
         """What to call in training, so that gradients become means over the processes."""

@@ -24,8 +24,8 @@ from mlhead.data.padding import pad_batch, padded_batches
 from mlhead.data.reporting import BadDataLog
 from mlhead.data.sources import ImageSpec, open_source
 from mlhead.distributed import ALONE, Processes, seed_of
-from mlhead.evaluation import autocast, evaluate, to_device
-from mlhead.metrics import MultiLabelMetrics, SingleLabelMetrics, main_measure
+from mlhead.evaluation import autocast, evaluate, new_metrics, to_device
+from mlhead.metrics import main_measure
 
 
 class Summary(NamedTuple):
@@ -131,7 +131,12 @@ class Trainer:
         self.forward = self.spread.wrap(self.model, self._image_shape)
 
         self.optimizer = building.build_optimizer(config, self.model)
+        self.update = building.build_update(config, self.model)
         self.schedule, self.schedule_step = building.build_schedule(config, self.optimizer, self.total_steps)
+        if self.update is not None:
+            self.update_schedule, self.update_schedule_step = building.build_schedule(
+                config, self.update, self.total_steps
+            )
         self.scaler = self.spread.scaler(enabled=config.amp == "fp16")
 
         self.step = 0
@@ -175,11 +180,17 @@ class Trainer:
             "image_spec": self.spec.to_dict(),
             **shared,
             "schedule": self.schedule.state_dict(),
+            "update": self._update_state(),
             "scaler": self.scaler.state_dict(),
             "loss_count": self._loss_count,
             "best": self.best,
             "metrics": self.metrics,
         }
+
+    def _update_state(self) -> dict[str, Any] | None:
+        if self.update is None:
+            return None
+        return {"optimizer": self.update.state_dict(), "schedule": self.update_schedule.state_dict()}
 
     def _own_state(self) -> dict[str, Any]:
         """What each process has for itself."""
@@ -199,6 +210,9 @@ class Trainer:
         state, processes = saved.state, self.processes
         _training_state.restore(saved.path, state, self.model, self._average, self.optimizer, processes)
         self.schedule.load_state_dict(state["schedule"])
+        if self.update is not None:
+            self.update.load_state_dict(state["update"]["optimizer"])
+            self.update_schedule.load_state_dict(state["update"]["schedule"])
         self.scaler.load_state_dict(state["scaler"])
         self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
         self._loss_count = state["loss_count"]
@@ -293,11 +307,15 @@ class Trainer:
                 grad_norm = self.spread.clip(self.model.parameters(), config.clip_grad)
             self.scaler.step(self.optimizer)
             self.scaler.update()
+            if self.update is not None:
+                self.update.step()
             self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         # A step that the scaler skipped for its overflow does not move the schedule; torch would warn about it.
         if total and self.scaler.get_scale() >= scale:
             self.schedule_step(self.step)
+            if self.update is not None:
+                self.update_schedule_step(self.step)
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         return grad_norm
@@ -324,10 +342,12 @@ class Trainer:
         if self.processes.world > 1 and not complete:
             # Collectives need as many images of each process; those that are added weigh nothing.
             size = config.batch_size // self.processes.world
-            (images, targets, _, weight), real = pad_batch(Batch(images, targets, [], weight), size, self._image_shape)
+            padded, real = pad_batch(Batch(images, targets, [], weight), size, self._image_shape)
+            images, targets, weight = padded.images, padded.targets, padded.weight
         with autocast(config, self.device):
             if config.fused_loss:
-                return self.forward(images, targets, sample_weight=real)
+                update = {} if self.update is None else {"update": self.update}
+                return self.forward(images, targets, sample_weight=real, **update)
             logits = self.forward(images)
             if real is not None:
                 weight = real if weight is None else weight * real.unsqueeze(1)
@@ -351,7 +371,8 @@ class Trainer:
 
     def _log_training(self, grad_norm: Tensor | None) -> None:
         loss = self._check_finite() / max(1, self._loss_count)
-        rates = {group["part"]: group["lr"] for group in self.optimizer.param_groups}
+        groups = self.optimizer.param_groups + ([] if self.update is None else self.update.param_groups)
+        rates = {group["part"]: group["lr"] for group in groups}
         values = {"loss": loss, "lr": rates.get("backbone", 0.0), "lr_head": rates.get("head", 0.0)}
         if grad_norm is not None:
             values["grad_norm"] = grad_norm.item()
@@ -367,20 +388,25 @@ class Trainer:
     def _validation_batches(self) -> Any:
         """The share of the process; of several, as many batches of one size for each, for models that communicate."""
         config, world = self.config, self.processes.world
+        sparse = config.metrics == "topk"
         loader = evaluation_loader(
-            self.val_set, self.num_classes, config.batch_size, workers=config.workers, share=self.processes.share
+            self.val_set,
+            self.num_classes,
+            config.batch_size,
+            workers=config.workers,
+            sparse=sparse,
+            share=self.processes.share,
         )
         if world == 1:
             return loader
         count = -(-len(self.val_set) // config.batch_size)  # type: ignore[arg-type]
-        nothing = Collate(self.num_classes, keep_unknown=True)([])
+        nothing = Collate(self.num_classes, sparse=sparse, keep_unknown=True)([])
         return padded_batches(loader, count, config.batch_size // world, nothing, self._image_shape)
 
     def _validate(self) -> None:
         config = self.config
         model = self.model if self._average is None else self._average
-        kind = SingleLabelMetrics if self.source.single_label else MultiLabelMetrics
-        metrics = kind(self.num_classes, device=self.device)
+        metrics = new_metrics(config, self.num_classes, self.device, single_label=self.source.single_label)
         batches, group = self._validation_batches(), self.processes.group
         found = evaluate(model, batches, config, metrics, self.device, self.bad_data, group=group)
         self._share_bad_data()
@@ -390,7 +416,9 @@ class Trainer:
             epoch = round(self.step / self.steps_per_epoch, 4)
             self.log.add("val", self.step, epoch=epoch, time_s=round(time.time(), 3), **values)
         main = main_measure(values)
-        shown = "  ".join(f"{name} {values[name]:.4f}" for name in ("top1", "mAP", "CF1", "OF1") if name in values)
+        shown = "  ".join(
+            f"{name} {values[name]:.4f}" for name in ("top1", "mAP", "CF1", "OF1", "P@1", "nDCG@5") if name in values
+        )
         better = values[main] > self.best.get(main, -1.0)
         self._say(f"step {self.step}: {shown}{'  (best)' if better else ''}")
         if better:

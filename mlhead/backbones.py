@@ -104,6 +104,26 @@ class HeadedModel(nn.Module):
         features, mask = self._features(x)
         return self.head(features, **options, **self._mask_option(mask))
 
+    def topk(self, x: Any, k: int) -> tuple[Tensor, Tensor]:
+        """The k best classes of each image; but for CSRA without the logits.
+
+        Args:
+            x: As for `forward`.
+            k: How many, in [1, C].
+
+        Returns:
+            Scores (B, k), largest first, and classes (B, k) int64, see `Head.topk`.
+
+        Raises:
+            ValueError: As of the head; or it takes no key_mask for masked patches, or the backbone gives neither a map
+                nor tokens.
+            TypeError: As of the head.
+            BackendError: An explicitly chosen backend cannot run this call.
+            AttributeError: The head has no `topk`.
+        """
+        features, mask = self._features(x)
+        return self.head.topk(features, k, **self._mask_option(mask))  # type: ignore[operator]
+
     def attention_maps(self, x: Any, classes: Tensor | Sequence[int]) -> Tensor:
         """Where the chosen classes look: the head's weights (B, K, L) over the positions of its features.
 

@@ -17,6 +17,7 @@ from mlhead._usage import UsageError, closest, require, usage_fail
 from mlhead.backbones import HeadedModel, attach_head
 from mlhead.checkpoints import CheckpointError, load_checkpoint
 from mlhead.heads import HEADS, QueryAugmentation
+from mlhead.optim import ClassAdamW, ClassOptimizer, ClassSGD
 from mlhead.smallnet import SmallNet
 
 LOSSES: dict[str, type[nn.Module]] = {
@@ -185,12 +186,16 @@ def _one_line(error: Exception) -> str:
 
 
 def build_optimizer(config: TrainConfig, model: HeadedModel) -> torch.optim.Optimizer:
-    """Timm's optimizer of that name over four groups: backbone and head, with and without weight decay."""
+    """Timm's optimizer of that name over four groups: backbone and head, with and without weight decay.
+
+    Without the parameter that `build_update` takes.
+    """
     optim = require("timm.optim", "mlhead train")
     names = optim.list_optimizers()
     if config.optimizer.lower() not in names:
         hint = closest(config.optimizer, names)
         usage_fail("--optimizer", "one of timm's (timm.optim.list_optimizers())", repr(config.optimizer) + hint)
+    updated = model.head.class_parameter if config.fused_update else None
     not_head = nn.ModuleDict({"backbone": model.backbone, "norm": model.norm})
     groups = []
     for part, module, rate in (
@@ -200,6 +205,7 @@ def build_optimizer(config: TrainConfig, model: HeadedModel) -> torch.optim.Opti
         # ML-Decoder's bias has two axes where its classes are shared out.
         keep = model.no_weight_decay() if part == "backbone" else {"duplicate_pooling_bias"}
         for group in optim.param_groups_weight_decay(module, config.weight_decay, no_weight_decay_list=keep):
+            group["params"] = [p for p in group["params"] if p is not updated]
             if group["params"]:
                 groups.append({**group, "lr": rate, "part": part})
     try:
@@ -208,6 +214,21 @@ def build_optimizer(config: TrainConfig, model: HeadedModel) -> torch.optim.Opti
         )
     except (TypeError, ValueError, AssertionError, ImportError) as error:
         raise UsageError(f"--optimizer {config.optimizer} could not be built: {_one_line(error)}") from error
+
+
+def build_update(config: TrainConfig, model: HeadedModel) -> ClassOptimizer | None:
+    """The optimizer of the classes' weight inside backward, for --fused-update: timm's of that name."""
+    if not config.fused_update:
+        return None
+    weight = model.head.class_parameter
+    group = {"params": [weight], "lr": config.lr * config.head_lr_mult, "part": "head"}
+    options = {"weight_decay": config.weight_decay, **config.optimizer_opt}
+    try:
+        if config.optimizer.lower() == "adamw":
+            return ClassAdamW([group], **options)
+        return ClassSGD([group], **{"momentum": 0.9, "nesterov": config.optimizer.lower() == "sgd", **options})
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"--optimizer {config.optimizer} with --fused-update: {_one_line(error)}") from error
 
 
 def build_schedule(

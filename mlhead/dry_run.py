@@ -137,7 +137,8 @@ def _memory(config: TrainConfig, model: HeadedModel, spec: ImageSpec, spread: Sp
     part = copy.deepcopy(model)
     _device_part.keep_part(part, spread)
     weights = sum(p.numel() * p.itemsize for p in part.parameters())
-    gradients = sum(p.numel() * p.itemsize for p in part.parameters() if p.requires_grad)
+    updated = part.head.class_parameter if config.fused_update else None
+    gradients = sum(p.numel() * p.itemsize for p in part.parameters() if p.requires_grad and p is not updated)
     buffers = sum(b.numel() * b.itemsize for b in part.buffers())
     head = model.head
     loss = head_memory(
@@ -146,6 +147,7 @@ def _memory(config: TrainConfig, model: HeadedModel, spec: ImageSpec, spread: Sp
         batch,
         groups=head.groups if isinstance(head, DecoderHead) else 1,
         loss_in_head=config.fused_loss,
+        fused_update=config.fused_update,
         device=_device_type(config),
         devices=spread.classes,
         own_images=spread.classes > 1,
@@ -178,6 +180,10 @@ def _optimizer_state(config: TrainConfig, model: HeadedModel) -> int | None:
     finally:
         optimizer.zero_grad()
     kept = [value for state in optimizer.state.values() for value in state.values() if isinstance(value, Tensor)]
+    update = building.build_update(config, model)
+    if update is not None:
+        (group,) = update.param_groups
+        kept += update.new_states(group, group["params"][0], 1).values()
     return sum(value.numel() * value.itemsize for value in kept)
 
 

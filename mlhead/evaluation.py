@@ -15,7 +15,14 @@ from mlhead._progress import Progress
 from mlhead._usage import usage_fail
 from mlhead.data.loading import Batch
 from mlhead.data.reporting import BadDataLog
-from mlhead.metrics import MultiLabelMetrics, TopKAccuracy, ZeroShotMetrics
+from mlhead.metrics import (
+    TOP_KS,
+    MultiLabelMetrics,
+    SingleLabelMetrics,
+    TopKAccuracy,
+    TopKMetrics,
+    ZeroShotMetrics,
+)
 from mlhead.ops import SparseTargets
 
 AMP_DTYPES = {"none": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,12 +45,21 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def new_metrics(
+    config: TrainConfig, num_classes: int, device: torch.device, *, single_label: bool
+) -> MultiLabelMetrics | TopKMetrics:
+    """What --metrics asks for, over C classes that are all trained."""
+    if config.metrics == "topk":
+        return TopKMetrics([k for k in TOP_KS if k <= num_classes], device=device)
+    return (SingleLabelMetrics if single_label else MultiLabelMetrics)(num_classes, device=device)
+
+
 @torch.no_grad()
 def evaluate(
     model: nn.Module,
     batches: Any,
     config: TrainConfig,
-    metrics: MultiLabelMetrics | ZeroShotMetrics | TopKAccuracy,
+    metrics: MultiLabelMetrics | ZeroShotMetrics | TopKAccuracy | TopKMetrics,
     device: torch.device,
     bad_data: BadDataLog,
     progress: Progress | None = None,
@@ -54,8 +70,8 @@ def evaluate(
     """The metrics of a model over batches; the model's mode is put back afterwards.
 
     Args:
-        model: gives logits (B, C).
-        batches: of `Batch`, targets dense or sparse.
+        model: gives logits (B, C), or for `TopKMetrics` has `topk`.
+        batches: of `Batch`, targets dense or sparse; sparse for `TopKMetrics`.
         config: the options of the run.
         metrics: what is measured; may have seen other batches before.
         device: of the model.
@@ -73,13 +89,20 @@ def evaluate(
         bad_data.add(batch.bad)
         if len(batch.images):
             images, targets = to_device(batch, config, device)
-            with autocast(config, device):
-                logits = model(images)
-            logits = logits.float()
-            if not isinstance(metrics, TopKAccuracy):
-                logits = building.scores_as_logits(config, logits)
-            lap("model")
-            metrics.update(logits, targets)
+            if isinstance(metrics, TopKMetrics):
+                with autocast(config, device):
+                    classes = model.topk(images, max(metrics.ks))[1]  # type: ignore[operator]
+                lap("model")
+                assert isinstance(targets, SparseTargets)
+                metrics.update(*_real(classes, targets, batch.real))
+            else:
+                with autocast(config, device):
+                    logits = model(images)
+                logits = logits.float()
+                if not isinstance(metrics, TopKAccuracy):
+                    logits = building.scores_as_logits(config, logits)
+                lap("model")
+                metrics.update(logits, targets)
             lap("metrics")
         if progress is not None:
             progress.advance()
@@ -88,6 +111,13 @@ def evaluate(
     found = metrics.compute(group)
     lap("metrics")
     return found
+
+
+def _real(classes: Tensor, targets: SparseTargets, real: int | None) -> tuple[Tensor, SparseTargets]:
+    """Those of the images that are not there to fill a batch; these have no labels."""
+    if real is None:
+        return classes, targets
+    return classes[:real], targets._replace(offsets=targets.offsets[: real + 1])
 
 
 class _Laps:

@@ -22,8 +22,8 @@ from mlhead.data.folder import open_image
 from mlhead.data.loading import BadSample, evaluation_loader
 from mlhead.data.reporting import BadDataLog
 from mlhead.data.sources import ImageSpec, open_source
-from mlhead.evaluation import choose_device, evaluate
-from mlhead.metrics import MultiLabelMetrics, SingleLabelMetrics, ZeroShotMetrics
+from mlhead.evaluation import choose_device, evaluate, new_metrics
+from mlhead.metrics import MultiLabelMetrics, TopKMetrics, ZeroShotMetrics
 
 
 class Loaded(NamedTuple):
@@ -159,15 +159,16 @@ def evaluate_checkpoint(
     bad_data = BadDataLog(config.on_bad_data, say)
     source = open_source(config, bad_data, loaded.class_names)
     dataset = source.dataset(split, loaded.image_spec)
-    scores: MultiLabelMetrics | ZeroShotMetrics
+    scores: MultiLabelMetrics | ZeroShotMetrics | TopKMetrics
     if config.task == "zero-shot" and split == "test":  # the other splits know no unseen class
         scores = ZeroShotMetrics(loaded.num_seen, len(loaded.class_names), device=loaded.device)
     else:
-        kind = SingleLabelMetrics if source.single_label else MultiLabelMetrics
-        scores = kind(loaded.num_seen, device=loaded.device)
+        scores = new_metrics(config, loaded.num_seen, loaded.device, single_label=source.single_label)
         if config.task == "zero-shot":
             loaded.model.head.use("train")  # type: ignore[operator]
-    loader = evaluation_loader(dataset, scores.num_classes, config.batch_size, workers=config.workers)
+    classes = len(loaded.class_names) if isinstance(scores, ZeroShotMetrics) else loaded.num_seen
+    sparse = isinstance(scores, TopKMetrics)
+    loader = evaluation_loader(dataset, classes, config.batch_size, workers=config.workers, sparse=sparse)
     progress = Progress(len(loader), f"evaluating {split}", unit_size=config.batch_size, stream=stream)
     metrics = evaluate(loaded.model, loader, config, scores, loaded.device, bad_data, progress)
     progress.close()

@@ -19,6 +19,8 @@ from mlhead.ops.topk import _first_largest
 __all__ = [
     "ACCURACY",
     "NAMES",
+    "TOP_K",
+    "TOP_KS",
     "MultiLabelMetrics",
     "SingleLabelMetrics",
     "TopKAccuracy",
@@ -32,18 +34,20 @@ __all__ = [
 _AT_THRESHOLD = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 NAMES = ("mAP", *_AT_THRESHOLD, *(f"{name}_top3" for name in _AT_THRESHOLD), "classes")
 ACCURACY = ("top1", "top5")
+TOP_KS = (1, 3, 5)
+TOP_K = tuple(f"{name}@{k}" for name in ("P", "nDCG") for k in TOP_KS)
 
 
 def main_measure(found: Mapping[str, float]) -> str:
     """The name of the metric that decides which weights are best: accuracy where images have one label, else mAP.
 
     Args:
-        found: what `MultiLabelMetrics.compute` or `SingleLabelMetrics.compute` gave.
+        found: what `compute` of `MultiLabelMetrics`, `SingleLabelMetrics` or `TopKMetrics` gave.
 
     Returns:
-        "top1" or "mAP".
+        "top1", "mAP" or "P@1".
     """
-    return "top1" if "top1" in found else "mAP"
+    return next(name for name in ("top1", "mAP", "P@1") if name in found)
 
 
 class MultiLabelMetrics:

@@ -206,7 +206,7 @@ def learning_curves(runs: Mapping[str, Sequence[Mapping[str, Any]]], path: Path,
     for number, (name, records) in enumerate(runs.items()):
         colour = COLOURS[number % len(COLOURS)]
         train = [(r["step"], r["loss"]) for r in records if r["kind"] == "train"]
-        val = [(r["step"], r["mAP"]) for r in records if r["kind"] == "val"]
+        val = [(r["step"], r["mAP"]) for r in records if r["kind"] == "val" and "mAP" in r]
         if train:
             loss_axes.plot(*zip(*train, strict=True), color=colour, linewidth=1.6, label=name)
         if val:

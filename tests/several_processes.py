@@ -35,8 +35,8 @@ SUM = {"loss_opt": {"reduction": "sum"}}
 # What one process and several train to the same weights.
 SAME: dict[str, dict[str, Any]] = {
     "ddp": {**VIT, **TINY, **STEPS, "head": "gap", **SUM},
-    "fsdp": {**STILL, **STEPS, "fused_loss": True, "parallel": "fsdp"},
-    "classes": {**STILL, **STEPS, "fused_loss": True, "class_parallel": 2, **SUM},
+    "fsdp": {**STILL, **STEPS, "fused_loss": True, "parallel": "fsdp", "metrics": "topk"},
+    "classes": {**STILL, **STEPS, "fused_loss": True, "class_parallel": 2, "metrics": "topk", **SUM},
     "classes_fsdp": {**VIT, **TINY, **STEPS, "head": "csra", "class_parallel": 2, "parallel": "fsdp"},
     "words": {**STILL, **STEPS, "task": "zero-shot", "num_classes": 100, "class_parallel": 2},
 }

@@ -116,3 +116,13 @@ def test_the_report_says_for_how_many_devices(capsys, monkeypatch):
     arguments[-1] = "4"
     assert cli.main(arguments) == 2
     assert "--class-parallel must be a divisor of 6, the number of processes, got 4" in capsys.readouterr().err
+
+
+def test_a_weight_that_is_updated_inside_backward_has_no_gradient():
+    """Its states stay, and blocks take scratch."""
+    options = {"head": "gap", "num_classes": 50_000, "fused_loss": True, "device": "cpu"}
+    apart, inside = (plan({**options, "fused_update": on}, processes=1) for on in (False, True))
+    weight = 4 * (apart.head - 50_000)
+    assert apart.bytes["gradients"] - inside.bytes["gradients"] == weight
+    assert apart.bytes["state of adamw"] == inside.bytes["state of adamw"] + 4 > 2 * weight  # a counter of steps
+    assert 0 < inside.bytes["logits and loss"] - apart.bytes["logits and loss"] < 0.25 * weight + 2**23

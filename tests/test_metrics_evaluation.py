@@ -13,11 +13,13 @@ from torch import nn
 from mlhead import SparseTargets
 from mlhead._config import TrainConfig
 from mlhead.data.loading import BadSample, Batch
+from mlhead.data.padding import padded_batches
 from mlhead.data.reporting import BadDataLog
 from mlhead.evaluation import evaluate
-from mlhead.metrics import MultiLabelMetrics, TopKAccuracy
+from mlhead.metrics import MultiLabelMetrics, TopKAccuracy, TopKMetrics
 
 C = 6
+NOTHING = SparseTargets.from_lists([], C)
 
 
 class Model(nn.Module):
@@ -30,6 +32,9 @@ class Model(nn.Module):
     def forward(self, images):
         time.sleep(self.seconds)
         return self.layer(images.mean((2, 3)))
+
+    def topk(self, images, k):
+        return self(images).topk(k)
 
 
 def batches(sparse, one_label=False):
@@ -107,3 +112,19 @@ def test_the_benchmark(tmp_path, capsys):
     assert (row["kind"], row["backbone"], row["images"], row["classes"]) == ("evaluation", "resnet18", 100, 80)
     assert row["reduced"] == {"images": "the model ran on 4 of 100"}
     assert row["share"] == pytest.approx(row["metrics_s"] / (row["metrics_s"] + row["model_s"]))
+
+
+@torch.no_grad()
+def test_the_best_classes_alone():
+    """P@k and nDCG@k by the model's `topk`; images that fill a batch do not count."""
+    model, ks = Model(), (1, 3)
+    direct = TopKMetrics(ks)
+    for batch in batches(sparse=True):
+        if len(batch.images):
+            direct.update(model(batch.images).topk(3)[1], batch.targets)
+    found, _ = run(model, batches(sparse=True), TopKMetrics(ks))
+    assert found == direct.compute()
+    filled = list(padded_batches(batches(sparse=True), 4, 5, Batch(torch.zeros(0, 3, 4, 4), NOTHING, []), (3, 4, 4)))
+    assert [len(batch.images) for batch in filled] == [5, 5, 5, 5]
+    assert [batch.real for batch in filled] == [None, 0, 4, 0]
+    assert run(model, filled, TopKMetrics(ks))[0] == found

@@ -19,6 +19,7 @@ OPTIONS = (
     "on_bad_data",
     "val_length",
     "batch_size",
+    "metrics",
     "workers",
     "amp",
     "seed",

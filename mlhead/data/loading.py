@@ -38,12 +38,14 @@ class Batch(NamedTuple):
     """images (B, channels, H, W) fp32; targets, sparse or (B, C) fp32 of zeros and ones; the samples left out.
 
     weight: (B, C) fp32, what each element of a dense target counts in the loss, or None where all count 1.
+    real: how many images, the first ones, come from the data, or None for all; others make up the batch's size.
     """
 
     images: Tensor
     targets: Tensor | SparseTargets
     bad: list[BadSample]
     weight: Tensor | None = None
+    real: int | None = None
 
 
 class Collate:
@@ -170,9 +172,10 @@ def evaluation_loader(
     *,
     workers: int = 0,
     pin_memory: bool = False,
+    sparse: bool = False,
     share: Share = WHOLE,
 ) -> DataLoader[Batch]:
-    """A loader of every sample once, in order; labels that are unknown are -1 in its targets.
+    """A loader of every sample once, in order; labels that are unknown are -1 in its targets, sparse or dense.
 
     A share that gets nothing of the last batch has one batch less.
     """
@@ -180,7 +183,7 @@ def evaluation_loader(
     starts = range(0, length, batch_size)
     shares = (share.of(list(range(start, min(start + batch_size, length)))) for start in starts)
     batches = [serials for serials in shares if serials]
-    return _loader(dataset, Collate(num_classes, keep_unknown=True), batches, workers, pin_memory)
+    return _loader(dataset, Collate(num_classes, sparse=sparse, keep_unknown=True), batches, workers, pin_memory)
 
 
 def _loader(

@@ -38,7 +38,7 @@ def pad_batch(batch: Batch, size: int, image_shape: tuple[int, ...], fill: float
         targets = _more_rows(batch.targets, size, fill)
     real = batch.images.new_zeros(size)
     real[:here] = 1.0
-    return Batch(images, targets, batch.bad, weight), real
+    return Batch(images, targets, batch.bad, weight, here), real
 
 
 def _more_rows(rows: Tensor, size: int, fill: float) -> Tensor:
@@ -48,10 +48,11 @@ def _more_rows(rows: Tensor, size: int, fill: float) -> Tensor:
 def padded_batches(
     batches: Iterable[Batch], count: int, size: int, empty: Batch, image_shape: tuple[int, ...]
 ) -> Iterator[Batch]:
-    """`count` batches of `size` images each for metrics, which leave out labels of -1: those of the images added.
+    """`count` batches of `size` images each for metrics, which leave out the images added: their labels are -1, and
+    `real` says how many they follow.
 
     Args:
-        batches: at most `count`, of at most `size` images, with dense targets.
+        batches: at most `count`, of at most `size` images.
         count: of batches.
         size: of each.
         empty: a batch without images, which makes up for missing ones.
