@@ -12,7 +12,7 @@ if not (_root / "kernels").is_dir() and (_root.parent / "kernels" / "__init__.py
 
 from . import losses, optim  # noqa: E402
 from ._backend import BackendError, backend, record_backends  # noqa: E402
-from .backbones import attach_head, with_max_score  # noqa: E402
+from .backbones import attach_head  # noqa: E402
 from .flops import register_flop_formulas  # noqa: E402
 from .heads import (  # noqa: E402
     CSRAHead,
@@ -23,6 +23,7 @@ from .heads import (  # noqa: E402
     ZeroShotMLDecoder,
     plain_max_score,
 )
+from .max_score import with_max_score  # noqa: E402
 from .memory import HeadMemory, head_memory  # noqa: E402
 from .ops import (  # noqa: E402
     SparseTargets,

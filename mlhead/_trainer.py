@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mlhead import _dcp, _training_state, building, checkpoints
 from mlhead._config import TrainConfig
 from mlhead._progress import Progress
+from mlhead._run_steps import Steps
 from mlhead._runlog import RunLog
 from mlhead._spread import Spread, true_shapes
 from mlhead._usage import UsageError, require, usage_fail
@@ -130,14 +131,7 @@ class Trainer:
             self.model.head.loss = self.loss
         self.forward = self.spread.wrap(self.model, self._image_shape)
 
-        self.optimizer = building.build_optimizer(config, self.model)
-        self.update = building.build_update(config, self.model)
-        self.schedule, self.schedule_step = building.build_schedule(config, self.optimizer, self.total_steps)
-        if self.update is not None:
-            self.update_schedule, self.update_schedule_step = building.build_schedule(
-                config, self.update, self.total_steps
-            )
-        self.scaler = self.spread.scaler(enabled=config.amp == "fp16")
+        self.steps = Steps(config, self.model, self.total_steps, self.spread)
 
         self.step = 0
         self.best: dict[str, float] = {}
@@ -165,12 +159,12 @@ class Trainer:
     def state(self) -> dict[str, Any]:
         """What the next step depends on, and what `eval` and `predict` need; all processes call it."""
         if self.processes.world > 1:
-            shared = _training_state.shared_state(self.model, self._average, self.optimizer)
+            shared = _training_state.shared_state(self.model, self._average, self.steps.optimizer)
         else:
             shared = {
                 "model": self.model.state_dict(),
                 "ema": None if self._average is None else self._average.state_dict(),
-                "optimizer": self.optimizer.state_dict(),
+                "optimizer": self.steps.optimizer.state_dict(),
             }
         return {
             "step": self.step,
@@ -179,18 +173,11 @@ class Trainer:
             "num_seen": self.num_classes,
             "image_spec": self.spec.to_dict(),
             **shared,
-            "schedule": self.schedule.state_dict(),
-            "update": self._update_state(),
-            "scaler": self.scaler.state_dict(),
+            **self.steps.state(),
             "loss_count": self._loss_count,
             "best": self.best,
             "metrics": self.metrics,
         }
-
-    def _update_state(self) -> dict[str, Any] | None:
-        if self.update is None:
-            return None
-        return {"optimizer": self.update.state_dict(), "schedule": self.update_schedule.state_dict()}
 
     def _own_state(self) -> dict[str, Any]:
         """What each process has for itself."""
@@ -208,12 +195,8 @@ class Trainer:
 
     def _restore(self, saved: Saved) -> None:
         state, processes = saved.state, self.processes
-        _training_state.restore(saved.path, state, self.model, self._average, self.optimizer, processes)
-        self.schedule.load_state_dict(state["schedule"])
-        if self.update is not None:
-            self.update.load_state_dict(state["update"]["optimizer"])
-            self.update_schedule.load_state_dict(state["update"]["schedule"])
-        self.scaler.load_state_dict(state["scaler"])
+        _training_state.restore(saved.path, state, self.model, self._average, self.steps.optimizer, processes)
+        self.steps.load(state)
         self.step, self.best, self.metrics = state["step"], state["best"], state["metrics"]
         self._loss_count = state["loss_count"]
         own = state.get("own", [state])
@@ -293,29 +276,14 @@ class Trainer:
         for batch in used:
             with self.spread.communicates(self.forward, now=batch is used[-1]):
                 loss = self._loss_of(batch, complete) * self._share(len(batch.images), total)
-                self.scaler.scale(loss).backward()
+                self.steps.backward(loss)
             self._loss_sum += loss.detach()
         self._loss_count += 1 if total else 0
         self._unread = 0 if total else self._unread + config.batch_size * config.accumulate
         if self._unread >= len(self.train_set):  # type: ignore[arg-type]
             raise UsageError(f"--data must hold images that can be read, but of the last {self._unread} none could")
-        grad_norm = None
-        scale = self.scaler.get_scale()
-        if total:
-            if config.clip_grad is not None:
-                self.scaler.unscale_(self.optimizer)
-                grad_norm = self.spread.clip(self.model.parameters(), config.clip_grad)
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-            if self.update is not None:
-                self.update.step()
-            self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
-        # A step that the scaler skipped for its overflow does not move the schedule; torch would warn about it.
-        if total and self.scaler.get_scale() >= scale:
-            self.schedule_step(self.step)
-            if self.update is not None:
-                self.update_schedule_step(self.step)
+        grad_norm = self.steps.apply(self.step) if total else None
         if self.ema is not None:
             self.ema.update(self.model, step=self.step)
         return grad_norm
@@ -346,7 +314,7 @@ class Trainer:
             images, targets, weight = padded.images, padded.targets, padded.weight
         with autocast(config, self.device):
             if config.fused_loss:
-                update = {} if self.update is None else {"update": self.update}
+                update = {} if self.steps.update is None else {"update": self.steps.update}
                 return self.forward(images, targets, sample_weight=real, **update)
             logits = self.forward(images)
             if real is not None:
@@ -371,8 +339,7 @@ class Trainer:
 
     def _log_training(self, grad_norm: Tensor | None) -> None:
         loss = self._check_finite() / max(1, self._loss_count)
-        groups = self.optimizer.param_groups + ([] if self.update is None else self.update.param_groups)
-        rates = {group["part"]: group["lr"] for group in groups}
+        rates = self.steps.rates()
         values = {"loss": loss, "lr": rates.get("backbone", 0.0), "lr_head": rates.get("head", 0.0)}
         if grad_norm is not None:
             values["grad_norm"] = grad_norm.item()

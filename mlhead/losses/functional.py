@@ -1,25 +1,16 @@
-"""Losses on logits (B, C): binary cross-entropy, the asymmetric loss, softmax cross-entropy.
-
-All compute in fp32 (fp64 for fp64 logits), whatever the dtype of the logits and under autocast, and return that dtype.
-Targets are dense. Their values are checked without waiting for a GPU: on the CPU by an error that names them; on CUDA
-by an asynchronous device assertion; not at all while something traces.
-
-The modules are also what a head's `loss` is: `options()` tells the ops that make no logits (`mlhead.group_fc_loss` and
-its kin) which loss that is.
-"""
+"""The losses as functions of logits and dense targets."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from . import _check
-from .ops._loss_options import check_asl
-from .ops._targets import check_range
+from .. import _check
+from ..ops._loss_options import check_asl
+from ..ops._targets import check_range
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -233,177 +224,3 @@ def softmax_cross_entropy(
     if label_smoothing:
         loss = (1.0 - label_smoothing) * loss - label_smoothing * log_p.mean(1)
     return _finish(where, loss, weight, reduction)
-
-
-class _Loss(nn.Module):
-    _kind: str
-
-    def __init__(self, reduction: str) -> None:
-        super().__init__()
-        _check.check_choice(type(self).__name__, "reduction", reduction, REDUCTIONS)
-        self.reduction = reduction
-
-    def options(self) -> dict[str, Any]:
-        """The same loss as keywords of `group_fc_loss`, `csra_loss` and `linear_loss`.
-
-        Raises:
-            ValueError: The reduction is "none": without logits there is nothing per element.
-        """
-        if self.reduction == "none":
-            _check.fail(type(self).__name__, "reduction", "'mean' or 'sum' for a loss in the head", "'none'")
-        return {"loss": self._kind, "reduction": self.reduction}
-
-
-class BinaryCrossEntropy(_Loss):
-    """`binary_cross_entropy` as a module; `pos_weight` is a buffer that moves with it and is in no state dict.
-
-    Args:
-        pos_weight: (C,), or None.
-        label_smoothing: s in [0, 1).
-        reduction: "none", "mean" (over B * C) or "sum".
-
-    Raises:
-        ValueError: There is no such reduction, `pos_weight` is not (C,), or `label_smoothing` not in [0, 1).
-        TypeError: `pos_weight` is no floating tensor, or `label_smoothing` no number.
-    """
-
-    _kind = "bce"
-    pos_weight: Tensor | None
-
-    def __init__(
-        self, *, pos_weight: Tensor | None = None, label_smoothing: float = 0.0, reduction: str = "mean"
-    ) -> None:
-        super().__init__(reduction)
-        where = type(self).__name__
-        if pos_weight is not None:
-            _check.check_tensor(where, "pos_weight", pos_weight)
-            _check.check_ndim(where, "pos_weight", pos_weight, "(C,)")
-        _check.check_probability(where, "label_smoothing", label_smoothing)
-        self.register_buffer("pos_weight", pos_weight, persistent=False)
-        self.label_smoothing = label_smoothing
-
-    def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits (B, C) against targets (B, C); arguments, result and errors of `binary_cross_entropy`."""
-        return binary_cross_entropy(
-            logits,
-            targets,
-            pos_weight=self.pos_weight,
-            weight=weight,
-            label_smoothing=self.label_smoothing,
-            reduction=self.reduction,
-        )
-
-    def options(self) -> dict[str, Any]:
-        """The same loss as keywords of the ops.
-
-        Raises:
-            ValueError: The reduction is "none".
-        """
-        return {**super().options(), "pos_weight": self.pos_weight, "label_smoothing": self.label_smoothing}
-
-    def extra_repr(self) -> str:
-        """What the printed module shows."""
-        return f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
-
-
-class AsymmetricLoss(_Loss):
-    """`asymmetric_loss` as a module.
-
-    Args:
-        gamma_neg: Focusing of negatives.
-        gamma_pos: Focusing of positives.
-        margin: A negative with p <= margin costs nothing.
-        eps: The logarithms are clamped to at least log(eps).
-        detach_focal: Whether the focal weights are constants in backward; True, the default, as in the published
-            training scripts.
-        reduction: "none", "mean" (over B * C) or "sum".
-
-    Raises:
-        ValueError: There is no such reduction, or a number is out of its range; the message names it.
-        TypeError: One of `gamma_neg`, `gamma_pos`, `margin` and `eps` is no number.
-    """
-
-    _kind = "asl"
-
-    def __init__(
-        self,
-        *,
-        gamma_neg: float = 4.0,
-        gamma_pos: float = 0.0,
-        margin: float = 0.05,
-        eps: float = 1e-8,
-        detach_focal: bool = True,
-        reduction: str = "mean",
-    ) -> None:
-        super().__init__(reduction)
-        check_asl(type(self).__name__, gamma_neg, gamma_pos, margin, eps)
-        self.gamma_neg, self.gamma_pos, self.margin, self.eps = gamma_neg, gamma_pos, margin, eps
-        self.detach_focal = detach_focal
-
-    def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits (B, C) against targets (B, C); arguments, result and errors of `asymmetric_loss`."""
-        return asymmetric_loss(
-            logits,
-            targets,
-            gamma_neg=self.gamma_neg,
-            gamma_pos=self.gamma_pos,
-            margin=self.margin,
-            eps=self.eps,
-            detach_focal=self.detach_focal,
-            weight=weight,
-            reduction=self.reduction,
-        )
-
-    def options(self) -> dict[str, Any]:
-        """The same loss as keywords of the ops.
-
-        Raises:
-            ValueError: The reduction is "none".
-        """
-        names = ("gamma_neg", "gamma_pos", "margin", "eps", "detach_focal")
-        return {**super().options(), **{name: getattr(self, name) for name in names}}
-
-    def extra_repr(self) -> str:
-        """What the printed module shows."""
-        return (
-            f"gamma_neg={self.gamma_neg}, gamma_pos={self.gamma_pos}, margin={self.margin}, eps={self.eps}, "
-            f"detach_focal={self.detach_focal}, reduction={self.reduction!r}"
-        )
-
-
-class SoftmaxCrossEntropy(_Loss):
-    """`softmax_cross_entropy` as a module.
-
-    Args:
-        label_smoothing: s in [0, 1).
-        reduction: "none", "mean" (over B) or "sum".
-
-    Raises:
-        ValueError: There is no such reduction, or `label_smoothing` is not in [0, 1).
-        TypeError: `label_smoothing` is no number.
-    """
-
-    _kind = "softmax"
-
-    def __init__(self, *, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
-        super().__init__(reduction)
-        _check.check_probability(type(self).__name__, "label_smoothing", label_smoothing)
-        self.label_smoothing = label_smoothing
-
-    def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
-        """The loss of logits (B, C) against indices (B,) or probabilities (B, C), as of `softmax_cross_entropy`."""
-        return softmax_cross_entropy(
-            logits, targets, weight=weight, label_smoothing=self.label_smoothing, reduction=self.reduction
-        )
-
-    def options(self) -> dict[str, Any]:
-        """The same loss as keywords of the ops.
-
-        Raises:
-            ValueError: The reduction is "none".
-        """
-        return {**super().options(), "label_smoothing": self.label_smoothing}
-
-    def extra_repr(self) -> str:
-        """What the printed module shows."""
-        return f"label_smoothing={self.label_smoothing}, reduction={self.reduction!r}"
