@@ -482,6 +482,10 @@ def test_prior(make: Callable[..., Head]) -> None:
     assert torch.equal(head(x), before)
     with pytest.raises(ValueError, match="prior must be"):
         make(prior=1.0)
+    with pytest.raises(TypeError, match="GAPHead: prior must be a number, got str"):
+        GAPHead(D, C, prior="0.1")  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"GAPHead: prior must be a number or a tensor \(C,\), got str"):
+        GAPHead(D, C).set_prior("0.1")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"prior must be \(C,\) = \(7,\), got \(6,\)"):
         head.set_prior(shares[1:])
 

@@ -562,6 +562,10 @@ def test_option_errors(cls: type, options: dict[str, Any], message: str) -> None
 @pytest.mark.parametrize(
     ("cls", "options", "message"),
     [
+        (ClassSGD, {"lr": "0.1"}, "lr must be a number, got str"),
+        (ClassSGD, {"momentum": None}, "momentum must be a number, got NoneType"),
+        (ClassAdamW, {"eps": "1e-8"}, "eps must be a number, got str"),
+        (ClassAdamW, {"weight_decay": "0"}, "weight_decay must be a number, got str"),
         (ClassAdamW, {"betas": 0.9}, "betas must be a pair, got float"),
         (ClassAdamW, {"betas": (0.9, "0.99")}, "betas must be a number, got str"),
         (ClassAdafactor, {"eps": 1e-3}, "eps must be a pair, got float"),

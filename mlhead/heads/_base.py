@@ -39,7 +39,8 @@ class Head(nn.Module, ABC):
 
     Raises:
         ValueError: A width, number of classes or prior does not fit, or the loss has the reduction "none".
-        TypeError: A width or number of classes is no integer, or `loss` is no module with `options()`.
+        TypeError: A width or number of classes is no integer, the prior no number, or `loss` no module with
+            `options()`.
     """
 
     in_features: int
@@ -56,8 +57,10 @@ class Head(nn.Module, ABC):
         where = type(self).__name__
         _check.check_positive(where, "in_features", in_features)
         _check.check_positive(where, "num_classes", num_classes)
-        if prior is not None and not 0.0 < prior < 1.0:
-            _check.fail(where, "prior", "in (0, 1)", prior)
+        if prior is not None:
+            _check.check_number(where, "prior", prior)
+            if not 0.0 < prior < 1.0:
+                _check.fail(where, "prior", "in (0, 1)", prior)
         self.in_features = in_features
         self.num_classes = num_classes
         self.prior = prior
@@ -206,6 +209,7 @@ class Head(nn.Module, ABC):
         Raises:
             ValueError: The head has no bias, the shape is not (C,), or on the CPU a value is NaN or outside [0, 1],
                 which on CUDA ends in an asynchronous device assertion.
+            TypeError: It is neither a number nor a tensor.
             RuntimeError: The head is sharded.
         """
         self._refuse_shards("set_prior")
@@ -218,7 +222,10 @@ class Head(nn.Module, ABC):
     def _prior(self, prior: float | Tensor) -> Tensor:
         """One probability or (C,), checked, in fp64."""
         where, device = type(self).__name__, None if isinstance(prior, Tensor) else "cpu"  # where numbers can be read
-        p = torch.as_tensor(prior, dtype=torch.float64, device=device).detach()
+        try:
+            p = torch.as_tensor(prior, dtype=torch.float64, device=device).detach()
+        except (TypeError, ValueError, RuntimeError):
+            _check.fail(where, "prior", "a number or a tensor (C,)", type(prior).__name__, TypeError)
         if p.ndim:
             _check.check_shape(where, "prior", p, "(C,)", (self.num_classes,))
         check_range(where, "prior", p)

@@ -56,6 +56,7 @@ class ClassAdamW(ClassOptimizer):
         _check.check_pair(type(self).__name__, "betas", group["betas"])
         for beta in group["betas"]:
             _check.check_probability(type(self).__name__, "betas", beta)
+        _check.check_number(type(self).__name__, "eps", group["eps"])
         if not group["eps"] >= 0:
             self._fail("eps", "at least 0", group["eps"])
 

@@ -68,7 +68,7 @@ class ClassOptimizer(Optimizer):
 
     Raises:
         ValueError: An option or the shape of a parameter does not fit, there is no parameter, or one is in two groups.
-        TypeError: A parameter is no floating tensor, or `block_numbers` is no integer.
+        TypeError: A parameter is no floating tensor, `block_numbers` no integer, or another option no number.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class ClassOptimizer(Optimizer):
         if group["block_numbers"] is not None:
             _check.check_positive(where, "block_numbers", group["block_numbers"])
         for name in ("lr", "weight_decay"):
+            _check.check_number(where, name, group[name])
             if not group[name] >= 0:
                 self._fail(name, "at least 0", group[name])
         for parameter in group["params"]:

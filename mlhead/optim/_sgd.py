@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
+from .. import _check
 from ..ops._loss_chunks import Block
 from ._blocks import BlockPass
 from ._optimizer import ClassOptimizer, Rounding
@@ -57,6 +58,8 @@ class ClassSGD(ClassOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        for name in ("momentum", "dampening"):
+            _check.check_number(type(self).__name__, name, group[name])
         if not group["momentum"] >= 0:
             self._fail("momentum", "at least 0", group["momentum"])
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
