@@ -33,6 +33,11 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
+import setuptools
+
+if int(setuptools.__version__.partition(".")[0]) < 77:  # which cannot read pyproject.toml
+    sys.exit(f"mlhead: setuptools must be 77 or newer, got {setuptools.__version__} (pip install -U setuptools)")
+
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
@@ -169,7 +174,10 @@ def architecture_flags(nvcc: str) -> tuple[str, list[str]]:
     if not names:  # the defaults, less what an older nvcc does not know
         known = output_of(nvcc, "--list-gpu-arch")
         default = CUDA_ARCHITECTURES.split(";")
-        names = ";".join(a for a in default if f"compute_{re.sub('[^0-9]', '', a)}" in known)
+        chosen = [a for a in default if f"compute_{re.sub('[^0-9]', '', a)}" in known]
+        names = ";".join(chosen)
+        if chosen and not names.endswith("+PTX"):  # what newer GPUs compile for themselves
+            names += "+PTX"
     flags = []
     for name in filter(None, names.split(";")):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", name)

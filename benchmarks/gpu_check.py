@@ -38,7 +38,19 @@ FAREWELL_S = 10.0  # for a part that is asked to end, in which pytest prints wha
 # The files with tests of mark gpu; others would only be imported, by every worker.
 GPU_TESTS = tuple(
     f"tests/test_{name}.py"
-    for name in ("ops", "csra_pool", "heads_tracing", "losses", "loss_ops", "optim", "overhead", "topk")
+    for name in (
+        "ops",
+        "csra_pool",
+        "heads_tracing",
+        "losses",
+        "loss_ops",
+        "optim",
+        "overhead",
+        "topk",
+        "query_attention_infinite",
+        "query_attention_triton",
+        "class_loss_triton",
+    )
 )
 # Benchmarks with a results file of their own: what they are, their share of the time left, their options.
 OTHERS: dict[str, tuple[str, float, tuple[str, ...]]] = {
@@ -152,6 +164,7 @@ def find_sanitizer() -> str | None:
     places = [
         shutil.which("compute-sanitizer"),
         f"{home}/bin/compute-sanitizer",
+        f"{home}/compute-sanitizer/compute-sanitizer",
         "/usr/local/cuda/bin/compute-sanitizer",
     ]
     return next((place for place in places if place and Path(place).is_file()), None)
@@ -177,7 +190,7 @@ def check_parts(out: Path, until: float, dry: bool) -> list[Part]:
         tests.append("--collect-only")
     elif importlib.util.find_spec("xdist"):
         # Most of the time goes into compiling Triton kernels, on one core each.
-        tests += ["-n", str(max(1, min(6, (os.cpu_count() or 2) // 2)))]
+        tests += ["-n", str(max(1, min(10, (os.cpu_count() or 2) * 2 // 3)))]
     parts = [Part("CUDA conformance tests", tests, out / "pytest.log", until, {})]
     target = [sys.executable, "-m", "benchmarks.touch"]
     if dry:
@@ -306,7 +319,8 @@ def main(arguments: list[str] | None = None) -> int:
         command = [sys.executable, "-m", "mlhead", "info"]
         run(Part("machine", command, out / "machine.log", time.monotonic() + 60, {}))
         if "checks" not in options.skip:
-            run(*check_parts(out, began + 0.55 * (end - began), dry))
+            share = 0.97 if "benchmarks" in options.skip else 0.55
+            run(*check_parts(out, began + share * (end - began), dry))
         if "benchmarks" not in options.skip:
             run(head_part(out, time.monotonic() + 0.2 * (end - time.monotonic()), dry))
             for module, (name, share, settings) in OTHERS.items():

@@ -3,12 +3,13 @@
 #pragma once
 
 #include <cuda_runtime_api.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <stdexcept>
 #include <string>
+
+#include "shim.h"
 
 namespace mlhead {
 

@@ -12,6 +12,7 @@
 
 #include "checks.h"
 #include "dtypes.h"
+#include "shim.h"
 
 namespace mlhead {
 

@@ -48,5 +48,5 @@ def merge(m, z, w, m_new, z_new, w_new, sharp):
 @triton.jit
 def pooled_of(m, z, w, t, h, average, L, HEADS: tl.constexpr, INFINITE: tl.constexpr, LAM: tl.constexpr):
     """The columns' average mean_l s + lam A, of maximum, sum of e, sum of e (s - maximum) and sum of s."""
-    attended = m + tl.where(of_head(INFINITE, h, HEADS) != 0, 0.0, w / z)
+    attended = m + tl.where(of_head(INFINITE, h, HEADS) != 0, 0.0, tl.div_rn(w, z))
     return t * (average / L) + of_head(LAM, h, HEADS) * attended

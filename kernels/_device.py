@@ -15,7 +15,7 @@ class Device:
     """The facts that launch configurations depend on.
 
     Args:
-        capability: Ten times the major plus the minor compute capability, e.g. 90.
+        capability: Ten times the major plus the minor compute capability, e.g. 90; that of the kin for tiles.
         multiprocessors: Number of streaming multiprocessors.
         shared_bytes: Shared memory that one program may use.
     """
@@ -31,8 +31,9 @@ H100 = Device(capability=90, multiprocessors=132, shared_bytes=232_448)
 @cache
 def _query(index: int) -> Device:
     properties = torch.cuda.get_device_properties(index)
+    capability = 10 * properties.major + properties.minor
     return Device(
-        10 * properties.major + properties.minor,
+        89 if capability >= 120 else capability,  # whose instructions and shared memory sm_120 has
         properties.multi_processor_count,
         properties.shared_memory_per_block_optin,
     )

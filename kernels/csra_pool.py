@@ -139,8 +139,8 @@ def csra_pool_scores_backward_kernel(
     is_infinite = of_head(INFINITE, h, HEADS) != 0
     z = tl.where(mask_n, z, 1.0)
     even = d * (average / L) * scale
-    focus = d * of_head(LAM, h, HEADS) / tl.where(is_infinite, 1.0, z) * scale
-    attended = w / z
+    focus = tl.div_rn(d * of_head(LAM, h, HEADS), tl.where(is_infinite, 1.0, z)) * scale
+    attended = tl.div_rn(w, z)
     T = sharp * 0.6931471805599453
     for start_l in range(0, L, BLOCK_L):
         s, mask, offs_l = _tile_of_scores(scores_ptr, start_l, L, scores_stride_l, offs_n, mask_n, scale, BLOCK_L)
@@ -165,7 +165,7 @@ def csra_norms_kernel(weight_ptr, norms_ptr, N, D, weight_stride_n, weight_strid
     norm = tl.sqrt_rn(tl.sum(squares))
     norm = tl.where(norm == 0.0, 1.0, norm)
     tl.store(norms_ptr + n, norm)
-    tl.store(norms_ptr + N + n, 1.0 / norm)
+    tl.store(norms_ptr + N + n, tl.div_rn(tl.full((), 1.0, tl.float32), norm))
 
 
 @triton.jit
@@ -181,15 +181,15 @@ def csra_unit_rows_backward_kernel(
     along = tl.zeros((BLOCK_D,), tl.float32)
     for start_d in range(0, D, BLOCK_D):
         offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)
-        u = tl.load(weight_ptr + offs_d * weight_stride_d, mask=offs_d < D, other=0.0).to(tl.float32) / norm
-        along += u * tl.load(dw_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        u = tl.load(weight_ptr + offs_d * weight_stride_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        along += tl.div_rn(u, norm) * tl.load(dw_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32)
     product = tl.sum(along)
     for start_d in range(0, D, BLOCK_D):
         offs_d = (start_d + tl.arange(0, BLOCK_D)).to(tl.int64)
-        u = tl.load(weight_ptr + offs_d * weight_stride_d, mask=offs_d < D, other=0.0).to(tl.float32) / norm
-        dw = tl.load(dw_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32) - u * product
+        u = tl.load(weight_ptr + offs_d * weight_stride_d, mask=offs_d < D, other=0.0).to(tl.float32)
+        dw = tl.load(dw_ptr + offs_d, mask=offs_d < D, other=0.0).to(tl.float32) - tl.div_rn(u, norm) * product
         if DIVIDE:
-            dw = dw / norm
+            dw = tl.div_rn(dw, norm)
         tl.store(dw_ptr + offs_d, dw.to(dw_ptr.dtype.element_ty), mask=offs_d < D)
 
 

@@ -170,6 +170,7 @@ def csra_fused_forward_kernel(
     which lie facts_stride apart.
     """
     RUN: tl.constexpr = BLOCK_R // 4
+    facts_stride = tl.cast(facts_stride, tl.int64)  # three times as much may not fit 32 bits
     pid = tl.program_id(0)
     tiles_r, tiles_n = tl.cdiv(B * L, BLOCK_R), tl.cdiv(N, BLOCK_N)
     group = pid // (GROUP * tiles_n)
@@ -245,6 +246,7 @@ def csra_merge_facts_kernel(
     """One program handles BLOCK_C classes of one image: merges the facts of the tiles of ROWS positions it touches,
     of all heads at a time, adds the heads up, and the bias.
     """
+    facts_stride = tl.cast(facts_stride, tl.int64)  # three times as much may not fit 32 bits
     tiles_c = tl.cdiv(C, BLOCK_C)
     b = (tl.program_id(0) // tiles_c).to(tl.int64)
     offs_c = (tl.program_id(0) % tiles_c * BLOCK_C + tl.arange(0, BLOCK_C)).to(tl.int64)

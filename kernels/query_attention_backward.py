@@ -70,12 +70,12 @@ def backward_tile(G: int, L: int, width: int, element_bytes: int, vector: bool, 
     return AttentionTile(128, block(L, 64 if device.capability < 100 else 32), first, second, 0, 8, stages)
 
 
-def images_per_program(B: int, H: int) -> int:
+def images_per_program(B: int, G: int, H: int) -> int:
     """How many images a program adds up in dq: about 264 programs, two for each SM of an H100.
 
-    A function of the shape alone, so that the sum is the same on every machine.
+    A function of the shape alone, so that the sum is the same on every machine. Many queries are programs enough.
     """
-    return max(1, B * H // 264)
+    return max(1, min(B, B * H * triton.cdiv(G, 128) // 264))
 
 
 @triton.jit
@@ -204,7 +204,7 @@ def query_attention_backward(
     facts = (G, L, width, q.element_size(), vectorised(width, dout, q, k, v), device_of(q))
     tile = backward_tile(*facts)
     together = tile.BLOCK_G >= G
-    images = images_per_program(B, H) if q.ndim == 2 else 1
+    images = images_per_program(B, G, H) if q.ndim == 2 else 1
     runs = triton.cdiv(B, images)
     partial = q.ndim == 2 and runs > 1
     dq = torch.empty((runs, G, E), dtype=torch.float32 if partial else q.dtype, device=q.device) if need_dq else none

@@ -77,7 +77,7 @@ def relu_dropout_forward_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """One program handles BLOCK_M columns of BLOCK_R rows of M numbers."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_m = (M - 1) // BLOCK_M + 1  # a sum could pass 2^31
     offs_r = tl.program_id(0) // tiles_m * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_m = (tl.program_id(0) % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (offs_r < rows)[:, None] & (offs_m < M)[None, :]
@@ -111,7 +111,7 @@ def relu_dropout_backward_kernel(
     BLOCK_M: tl.constexpr,
 ):
     """One program handles BLOCK_M columns of BLOCK_R rows of M numbers."""
-    tiles_m = tl.cdiv(M, BLOCK_M)
+    tiles_m = (M - 1) // BLOCK_M + 1  # a sum could pass 2^31
     offs_r = tl.program_id(0) // tiles_m * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_m = (tl.program_id(0) % tiles_m).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     mask = (offs_r < rows)[:, None] & (offs_m < M)[None, :]

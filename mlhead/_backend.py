@@ -123,7 +123,7 @@ def unavailable(name: str) -> str | None:
             return f"the package triton cannot be imported: {error}"
         if not torch.cuda.is_available() and not interpreting():
             return "no CUDA device (TRITON_INTERPRET=1 runs the kernels slowly on the CPU, for tests)"
-        return None
+        return None if interpreting() else _too_old()
     from . import _extension
 
     if name == "cpp":
@@ -131,6 +131,18 @@ def unavailable(name: str) -> str | None:
     if not torch.cuda.is_available():
         return "no CUDA device"
     return _extension.load_cuda()
+
+
+def _too_old() -> str | None:
+    """Which visible GPU the Triton kernels do not fit, or None: their tiles are made for sm_80 and newer."""
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if capability < (8, 0):
+            name = torch.cuda.get_device_name(index)
+            return (
+                f"compute capability 8.0 or newer is needed, cuda:{index} ({name}) has {'.'.join(map(str, capability))}"
+            )
+    return None
 
 
 def _refusal(

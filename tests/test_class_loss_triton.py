@@ -19,6 +19,7 @@ from mlhead.kernels import class_loss as kernels
 from mlhead.kernels._device import H100, Device
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # then part of what gpu-check runs
 REFUSAL = _backend._refusal("group_fc", _backend.implementations("group_fc"), "triton", DEVICE, torch.float32)
 needs_triton = pytest.mark.skipif(REFUSAL is not None, reason=f"{REFUSAL}")
 SMALL = Device(capability=90, multiprocessors=1, shared_bytes=0)

@@ -103,7 +103,7 @@ def test_cuda_graph_of_a_training_step(name: str) -> None:
         graph.replay()
         first, first_grad = logits.clone(), grad.clone()
         graph.replay()
-        if training and "decoder" in name:
+        if training and name != "csra":  # which has no dropout
             assert not torch.equal(first, logits)
         else:
             expected = head(x)

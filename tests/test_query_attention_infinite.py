@@ -16,6 +16,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:All-NaN slice encountered:RuntimeWarning"),
 ]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+if DEVICE == "cuda":  # part of what gpu-check runs
+    pytestmark.append(pytest.mark.gpu)
 REFUSALS = {
     name: _backend._refusal("query_attention", _backend.implementations("query_attention"), name, DEVICE, torch.float32)
     for name in ("triton", "cpp", "cuda")

@@ -22,6 +22,7 @@ from mlhead.kernels.query_attention_keys_backward import keys_tile
 CASE = CASES["query_attention"]
 A100 = Device(capability=80, multiprocessors=108, shared_bytes=166_912)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []  # then part of what gpu-check runs
 REFUSAL = _backend._refusal(
     "query_attention", _backend.implementations("query_attention"), "triton", DEVICE, torch.float32
 )
@@ -69,7 +70,7 @@ def test_wide_heads(dims: Mapping[str, Any], dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("images", [1, 2, 3, 7])
 def test_runs_of_images(images: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """The queries' gradient is the same sum however many images a program takes; the last run may be short."""
-    monkeypatch.setattr(backward, "images_per_program", lambda B, H: images)
+    monkeypatch.setattr(backward, "images_per_program", lambda B, G, H: images)
     for dims in (
         {"B": 7, "L": 9, "E": 16, "G": 5, "heads": 2, "dropout": 0.3},
         {"B": 7, "L": 70, "E": 16, "G": 5, "heads": 1, "masked": True},
@@ -166,11 +167,11 @@ def test_keys_and_values_are_read_once() -> None:
 def test_the_programs_of_the_backward_kernel() -> None:
     """About two for each multiprocessor of an H100 where there are images enough."""
     for dims in CASE.workloads.values():
-        images = backward.images_per_program(dims["B"], 8)
+        images = backward.images_per_program(dims["B"], dims["G"], 8)
         programs = -(-dims["B"] // images) * 8
         assert programs >= 256 or images == 1
         assert programs <= 2 * 264
-    assert backward.images_per_program(1, 1) == 1
+    assert backward.images_per_program(1, 1, 1) == 1
 
 
 def test_when_rows_are_vectors() -> None:

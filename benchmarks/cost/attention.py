@@ -58,7 +58,7 @@ def attention_backward(p: Problem, t: AttentionTile, vector: bool) -> list[Work]
     W, D = E // H, t.D0 + t.D1
     together = t.BLOCK_G >= G
     shared_q = not p.dims.get("per_image", False)
-    images = images_per_program(B, H) if shared_q else 1
+    images = images_per_program(B, G, H) if shared_q else 1
     runs, slices, steps = math.ceil(B / images), t.slices(W), math.ceil(L / t.BLOCK_L)
     g, slice_w = min(G, t.BLOCK_G), min(W, D)
     depth = _depth_of(t, W)
