@@ -231,6 +231,7 @@ class TrainConfig:
             "clip_grad": (self.clip_grad is None, "absent"),
             "accumulate": (self.accumulate == 1, "1"),
             "amp": (self.amp != "fp16", "none or bf16"),
+            "class_parallel": (self.class_parallel <= 1, "0"),
         }
         for name, (fits, must) in without.items():
             if not fits:

@@ -88,9 +88,14 @@ class Trainer:
         self.out = Path(config.out)
         self.device = processes.device(config.device)
         self.spread = Spread(config, processes, self.device)
+        if processes.world == 1 and (config.class_parallel > 1 or config.parallel not in (None, "none")):
+            self._say(
+                "--parallel and --class-parallel are for several processes (torchrun -m mlhead train); this is one"
+            )
         checkpoints.seed_everything(config.seed)
         listed = self.out / "bad_data.txt" if processes.is_main else None
-        self.bad_data, self._told = BadDataLog(config.on_bad_data, self._say, listed), 0
+        self.bad_data = BadDataLog(config.on_bad_data, self._say, listed, goes_on=resume is not None)
+        self._told = 0
         state = resume.state if resume is not None else None
         self.source = open_source(config, self.bad_data, state["class_names"] if state else None)
         self.num_classes = self.source.num_seen
@@ -143,7 +148,7 @@ class Trainer:
             checkpoints.seed_everything(seed_of(config.seed, 0, processes.rank))
         if resume is not None:
             self._restore(resume)
-        self.log = RunLog(self.out, self.step if resume is not None else None) if processes.is_main else None
+        self.log: RunLog | None = None
 
     def _say(self, line: str) -> None:
         progress = getattr(self, "progress", None)
@@ -216,6 +221,9 @@ class Trainer:
             UsageError: bad data under --on-bad-data error.
         """
         config = self.config
+        if self.processes.is_main:
+            self.log = RunLog(self.out, self.step if self.step else None)
+            self.bad_data.begin()
         loader = training_loader(
             self.train_set,
             self.num_classes,
@@ -331,9 +339,9 @@ class Trainer:
         if not math.isfinite(loss):
             found = checkpoints.find(self.out, "last")
             good = f". The last good state is in {found}" if found else ""
+            advice = "a lower --lr" + ("" if self.config.fused_update else " or --clip-grad 1")
             raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}: training has diverged; try a lower --lr or "
-                f"--clip-grad 1{good}"
+                f"the loss is {loss} at step {self.step}: training has diverged; try {advice}{good}"
             )
         return loss
 

@@ -115,7 +115,7 @@ def _zero_shot_options(config: TrainConfig, num_seen: int, word_vectors: Tensor 
 def _init_backbone(model: HeadedModel, path: Path) -> None:
     """The backbone's weights of another run, whatever its head and classes."""
     try:
-        weights = load_checkpoint(path)["model"]
+        weights = load_checkpoint(path, mmap=True)["model"]
     except CheckpointError as error:
         raise UsageError(f"--init-backbone: {error}") from error
     try:

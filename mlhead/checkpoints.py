@@ -110,8 +110,13 @@ def not_written(path: Path, reason: BaseException) -> str:
     return f"checkpoint {path} could not be written: {why}; the one before it, if there was one, is as it was"
 
 
-def load_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> dict[str, Any]:
+def load_checkpoint(path: Path, *, map_location: str | torch.device = "cpu", mmap: bool = False) -> dict[str, Any]:
     """Reads a checkpoint, every byte checked, without running code from the file.
+
+    Args:
+        path: of a file, or of a folder that several processes wrote.
+        map_location: as of `torch.load`.
+        mmap: whether a file's tensors stay in the file until they are used: for whoever needs a part of them.
 
     Raises:
         CheckpointError: no such file; damaged or cut short; not a checkpoint of mlhead; of a newer format.
@@ -130,7 +135,7 @@ def load_checkpoint(path: Path, *, map_location: str | torch.device = "cpu") -> 
             wrong = archive.testzip()
         if wrong is not None:
             raise CheckpointError(damaged(path, f"checksum of {wrong} does not match"))
-        state = torch.load(path, map_location=map_location, weights_only=True)
+        state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except CheckpointError:
         raise
     except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:

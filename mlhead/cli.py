@@ -55,6 +55,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 2
+    if arguments.command != "train" and os.environ.get("WORLD_SIZE", "1") != "1":
+        _leave_to_first()
+        print(
+            f"{name}: error: it runs in one process, without torchrun, got {os.environ['WORLD_SIZE']}", file=sys.stderr
+        )
+        return 2
     try:
         return arguments.run(arguments)
     except UsageError as error:

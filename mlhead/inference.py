@@ -80,7 +80,7 @@ def _weights(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tensor
     """What a checkpoint, or a file of `export_model`, says of its model, and the weights that are asked for."""
     if path.suffix == ".safetensors":
         return _exported(path, weights)
-    state = load_checkpoint(path)
+    state = load_checkpoint(path, mmap=True)  # the optimizer's tensors are not wanted
     if weights == "ema" and state["ema"] is None:
         usage_fail("--weights", "'model' for a run without --ema", "'ema'")
     return state, state["ema"] if weights != "model" and state["ema"] is not None else state["model"]

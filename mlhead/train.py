@@ -28,18 +28,22 @@ def train(config: TrainConfig, *, overwrite: bool = False, stream: Any = None) -
         out = Path(config.out)
         if was_restarted() and (path := processes.from_main(lambda: _to_go_on_with(config, out))):
             return _resume(path, {}, stream, processes)
-        processes.from_main(lambda: _make_room(out, overwrite))
+        processes.from_main(lambda: _check_room(out, overwrite))
         trainer = Trainer(config, stream=stream, processes=processes)
+        processes.from_main(lambda: _make_room(out))  # not before: options that cannot be must not cost an earlier run
         if processes.is_main:
             config.save(out / "config.yaml")
         return trainer.fit()
 
 
-def _make_room(out: Path, overwrite: bool) -> None:
+def _check_room(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         usage_fail("--out", "a folder", f"the file {out}")
     if checkpoints.find(out, "last") and not overwrite:
         usage_fail("--out", "a folder without a run (or use --overwrite, or --resume)", out)
+
+
+def _make_room(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     checkpoints.remove_leftovers(out)
     for name in ("last.pt", "last.dcp", "best.pt", "best.dcp", "bad_data.txt"):
@@ -91,6 +95,7 @@ def _resume(path: Path, changes: dict[str, Any], stream: Any, processes: Process
             )
     config = TrainConfig(**{**state["config"], **changes, "out": str(path.parent)})
     trainer = Trainer(config, resume=Saved(path, state), stream=stream, processes=processes)
+    del state  # as large as model and optimizer together
     trainer._say(f"resuming {path} at step {trainer.step} of {trainer.total_steps}")
     return trainer.fit()
 

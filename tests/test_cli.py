@@ -204,3 +204,9 @@ def test_module_entry_point():
     )
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1
+
+
+def test_only_training_is_for_several_processes(monkeypatch, capsys):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert cli.main(["eval", "nowhere.pt"]) == 2
+    assert "mlhead eval: error: it runs in one process, without torchrun, got 2" in capsys.readouterr().err

@@ -37,7 +37,9 @@ def test_training_without_training_images(tmp_path: Path) -> None:
 def test_names_that_are_no_text_are_listed_once(tmp_path: Path, name: str) -> None:
     said: list[str] = []
     for _ in range(2):  # the second is that of a resumed run
-        BadDataLog("skip", said.append, tmp_path / "bad_data.txt").add([BadSample(name, "damaged")])
+        log = BadDataLog("skip", said.append, tmp_path / "bad_data.txt")
+        log.begin()
+        log.add([BadSample(name, "damaged")])
     lines = (tmp_path / "bad_data.txt").read_bytes().splitlines()
     assert all(line.endswith(b"\tdamaged") for line in lines)
     if name != "x\ud800.jpg":  # no file can have this name, so it does not come back

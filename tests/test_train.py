@@ -264,6 +264,25 @@ def test_the_prior_sets_the_first_probabilities():
         assert 0.01 < mean < 0.06, head
 
 
+def test_what_cannot_be_trained_costs_nothing(tmp_path):
+    """An earlier run stays whole where --overwrite comes with a mistake, and no folder is made for a new one."""
+    out, tiny = tmp_path / "run", {"head": "gap", "num_classes": 10, "image_size": 20, "steps": 1}
+    run(out, **tiny)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    for mistake in ({"backbone": "resnet_of_nobody"}, {"batch_size": 10**6}, {"data": str(tmp_path / "nowhere")}):
+        for folder in (out, tmp_path / "new"):
+            with pytest.raises(UsageError):
+                train.train(config(folder, **{**tiny, **mistake}), overwrite=True, stream=io.StringIO())
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_one_process_says_that_it_shares_nothing(tmp_path):
+    said = io.StringIO()
+    train.Trainer(config(tmp_path, head="gap", class_parallel=2), stream=said)
+    assert "--class-parallel are for several processes (torchrun -m mlhead train); this is one" in said.getvalue()
+
+
 def test_a_diverged_run_stops_and_keeps_the_last_good_state(tmp_path):
     trainer = train.Trainer(config(tmp_path, head="gap", steps=6, eval_every=2, log_every=1), stream=io.StringIO())
     forward = trainer.loss.forward

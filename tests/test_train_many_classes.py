@@ -136,6 +136,7 @@ def test_an_update_inside_backward_resumes(tmp_path):
         ({"clip_grad": 1.0}, "--clip-grad must be absent with --fused-update, got 1.0"),
         ({"accumulate": 2}, "--accumulate must be 1 with --fused-update, got 2"),
         ({"amp": "fp16"}, "--amp must be none or bf16 with --fused-update, got fp16"),
+        ({"class_parallel": 2}, "--class-parallel must be 0 with --fused-update, got 2"),
     ],
 )
 def test_what_an_update_inside_backward_cannot(tmp_path, options, message):

@@ -17,17 +17,38 @@ class BadDataLog:
     Args:
         policy: "skip" goes on without the bad items after reporting them; "error" raises at the first.
         say: where a line for the user goes.
-        file: a text file that gets every item, name, tab, reason; what is in it already counts. None for none.
+        file: a text file that gets every item, name, tab, reason, from `begin` on; None for none.
+        goes_on: whether what is in the file already counts.
         shown: how many are shown to the user before only the count goes on.
     """
 
-    def __init__(self, policy: str, say: Callable[[str], None], file: Path | None = None, shown: int = 20) -> None:
+    def __init__(
+        self,
+        policy: str,
+        say: Callable[[str], None],
+        file: Path | None = None,
+        *,
+        goes_on: bool = True,
+        shown: int = 20,
+    ) -> None:
         self.policy, self.say, self.file, self.shown = policy, say, file, shown
         self.names: dict[str, str] = {}
-        # A resumed run goes on with the list.
-        if file is not None and file.is_file():
+        self._waiting: list[BadSample] | None = []  # for the file, until `begin`
+        if goes_on and file is not None and file.is_file():
             lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
             self.names = dict(line.split("\t", 1) for line in lines if "\t" in line)
+
+    def begin(self) -> None:
+        """Writes the file; before, nothing of an earlier run is touched."""
+        waiting, self._waiting = self._waiting, None
+        if waiting:
+            self._write(waiting)
+
+    def _write(self, items: Iterable[BadSample]) -> None:
+        if self.file is not None:
+            # Names of files need not be UTF-8, and those in JSON may be no text at all.
+            with self.file.open("ab") as out:
+                out.writelines(_bytes(f"{item.name}\t{item.reason}\n") for item in items)
 
     def add(self, items: Iterable[BadSample]) -> None:
         """Reports items not seen before.
@@ -46,10 +67,10 @@ class BadDataLog:
                 self.say(
                     f"bad data: more; all of them are in {self.file}" if self.file else "bad data: more, counted only"
                 )
-        if self.file is not None:
-            # Names of files need not be UTF-8, and those in JSON may be no text at all.
-            with self.file.open("ab") as out:
-                out.writelines(_bytes(f"{item.name}\t{item.reason}\n") for item in new)
+        if self._waiting is not None:
+            self._waiting += new
+        else:
+            self._write(new)
         if self.policy == "error":
             rest = f" and {len(new) - 1} more" if len(new) > 1 else ""
             raise UsageError(f"bad data, and --on-bad-data is error: {new[0].name}: {new[0].reason}{rest}")
