@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -140,10 +141,11 @@ def _memory(config: TrainConfig, model: HeadedModel, spec: ImageSpec, spread: Sp
     updated = part.head.class_parameter if config.fused_update else None
     gradients = sum(p.numel() * p.itemsize for p in part.parameters() if p.requires_grad and p is not updated)
     buffers = sum(b.numel() * b.itemsize for b in part.buffers())
-    head = model.head
+    head: Any = model.head
+    weight = head.class_parameter
     loss = head_memory(
         model.num_classes,
-        model.num_features,
+        model.num_features if weight is None else weight.shape[1],
         batch,
         groups=head.groups if isinstance(head, DecoderHead) else 1,
         loss_in_head=config.fused_loss,
@@ -151,6 +153,7 @@ def _memory(config: TrainConfig, model: HeadedModel, spec: ImageSpec, spread: Sp
         device=_device_type(config),
         devices=spread.classes,
         own_images=spread.classes > 1,
+        autocast=dtype if config.amp != "none" and config.fused_loss and weight is not None else None,
     )
     more = _device_part.copies(model, spread)
     if spread.classes > 1:
@@ -163,7 +166,7 @@ def _memory(config: TrainConfig, model: HeadedModel, spec: ImageSpec, spread: Sp
         f"state of {config.optimizer}": _optimizer_state(config, part),
         "moving average": weights + buffers if config.ema else 0,
         "activations": _activations(model, spec, batch, dtype),
-        "logits and loss": loss.logits + loss.scratch,
+        "logits and loss": loss.logits + loss.scratch + loss.casts,
         **more,
     }
 
@@ -183,7 +186,7 @@ def _optimizer_state(config: TrainConfig, model: HeadedModel) -> int | None:
     update = building.build_update(config, model)
     if update is not None:
         (group,) = update.param_groups
-        kept += update.new_states(group, group["params"][0], 1).values()
+        kept += [make() for make in update.new_states(group, group["params"][0], 1).values()]
     return sum(value.numel() * value.itemsize for value in kept)
 
 
@@ -237,7 +240,8 @@ def report(config: TrainConfig, origins: Mapping[str, str], recipe: Recipe | Non
         f"  {'backbone':18} {found.backbone:,} parameters",
         f"  {'head':18} {found.head:,} parameters",
         f"  {'FLOPs of an image':18} {found.flops / 1e9:.2f} G, two for a multiply-add",
-        f"memory of a step of {config.batch_size:,} images on {where}, an estimate",
+        f"memory of a step of {config.batch_size:,} images on {where}, "
+        "an estimate without temporaries of the optimizer",
     ]
     if found.here != seen:
         lines.append(f"  {'classes here':18} {found.here:,}")

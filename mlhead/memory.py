@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 
@@ -24,6 +25,7 @@ class HeadMemory:
         features: h and its gradient; of a head over several devices also those of what is here.
         logits: Logits, their gradient and a dense target in fp32; 0 with the loss in the head.
         scratch: The most that the blocks of the loss in the head take.
+        casts: Under autocast what is for a moment in its dtype: the copies of weights and h, or their gradients.
     """
 
     weights: int
@@ -32,6 +34,7 @@ class HeadMemory:
     features: int
     logits: int
     scratch: int
+    casts: int = 0
 
     @property
     def total(self) -> int:
@@ -54,6 +57,7 @@ def head_memory(
     threads: int = 1,
     devices: int = 1,
     own_images: bool = False,
+    autocast: torch.dtype | None = None,
 ) -> HeadMemory:
     """The memory of one training step of the last layer.
 
@@ -62,6 +66,10 @@ def head_memory(
     weights   s (G E J + C)                          gradients  the same, or s C with a fused update
     optimizer k (G E J + C) numbers                  features   2 s B G E
     logits    B C (2 s + 12) without the loss in the head, for eager BCE (ASL takes more); else 0
+    casts     under autocast with s_a bytes a number s_a (G E J + C + B G E), if s_a differs from s
+
+    Temporaries of an optimizer of torch.optim are not counted: `torch.optim.AdamW` on a CPU takes two more tensors of
+    the weight's size as it steps, with fused=True none, and so does SGD. The blocks of mlhead.optim are in the scratch.
 
     After `mlhead.parallel.parallelize_head` over N devices, the one that has most: of the classes, g = ceil(G / N)
     groups of J, or ceil(C / N) classes of a linear head, in the place of G and C in weights, gradients and optimizer;
@@ -84,14 +92,17 @@ def head_memory(
         threads: Threads of the CPU.
         devices: N, the devices that share the classes.
         own_images: Whether each of them has its own images (`input_layouts=Shard(0)`), or all the same.
+        autocast: The dtype of autocast around the loss in the head, or None. The weight and h then have copies in it in
+            forward; without `fused_update` their gradients come in it and exist beside those in `dtype`.
 
     Returns:
         `HeadMemory` of one device, in bytes.
 
     Raises:
-        ValueError: A number is not positive, a choice is unknown, or a fused update is asked for with several devices:
-            the optimizers of `mlhead.optim` do not take the parameters of such a head.
-        TypeError: A number is no integer.
+        ValueError: A number is not positive, a choice is unknown, a fused update or autocast is asked for without the
+            loss in the head, or a fused update with several devices: the optimizers of `mlhead.optim` do not take the
+            parameters of such a head.
+        TypeError: A number is no integer, or a dtype no floating one.
     """
     where = "head_memory"
     numbers = {"num_classes": num_classes, "width": width, "batch": batch, "groups": groups}
@@ -100,6 +111,13 @@ def head_memory(
     _check.check_choice(where, "optimizer", optimizer, tuple(STATES))
     _check.check_choice(where, "device", device, ("cpu", "cuda"))
     _check.check_choice(where, "rounding", rounding, ROUNDINGS)
+    _check_dtype(where, "dtype", dtype)
+    if autocast is not None:
+        _check_dtype(where, "autocast", autocast)
+    if fused_update and not loss_in_head:
+        _check.fail(where, "fused_update", "False with loss_in_head=False", fused_update)
+    if autocast is not None and not loss_in_head:
+        _check.fail(where, "autocast", "None with loss_in_head=False", autocast)
     if rounding != "nearest" and not fused_update:
         _check.fail(where, "rounding", "'nearest' without a fused update", repr(rounding))
     if fused_update and devices > 1:
@@ -128,4 +146,12 @@ def head_memory(
     if fused_update:
         scratch += BYTES_OF_A_NUMBER * block_numbers(matrix, device)
     gradients = num_classes if fused_update else matrix + num_classes
-    return HeadMemory(s * (matrix + num_classes), s * gradients, state, features, logits, scratch)
+    casts = 0
+    if autocast is not None and autocast != dtype and dtype != torch.float64:  # which autocast leaves alone
+        casts = autocast.itemsize * (matrix + num_classes + features // (2 * s))
+    return HeadMemory(s * (matrix + num_classes), s * gradients, state, features, logits, scratch, casts)
+
+
+def _check_dtype(where: str, name: str, value: Any) -> None:
+    if not isinstance(value, torch.dtype) or not value.is_floating_point:
+        _check.fail(where, name, "a floating torch.dtype", value, TypeError)

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import spread_sizes as sizes
 
-from mlhead import cli, distributed, dry_run
+from mlhead import building, cli, distributed, dry_run
 from mlhead._config import TrainConfig
 from mlhead._resident import peak
 
@@ -104,7 +104,7 @@ def test_the_report_says_for_how_many_devices(capsys, monkeypatch):
         assert cli.main(arguments) == 0
         return capsys.readouterr().out
 
-    assert "memory of a step of 48 images on one device, an estimate" in said()
+    assert "memory of a step of 48 images on one device, an estimate without temporaries of the optimizer" in said()
     arguments += ["--class-parallel", "3"]
     text = said()
     assert "memory of a step of 48 images on one of 3 devices, 16 on each, an estimate" in text
@@ -126,3 +126,19 @@ def test_a_weight_that_is_updated_inside_backward_has_no_gradient():
     assert apart.bytes["gradients"] - inside.bytes["gradients"] == weight
     assert apart.bytes["state of adamw"] == inside.bytes["state of adamw"] + 4 > 2 * weight  # a counter of steps
     assert 0 < inside.bytes["logits and loss"] - apart.bytes["logits and loss"] < 0.25 * weight + 2**23
+
+
+@pytest.mark.parametrize("fused_update", [False, True])
+@pytest.mark.parametrize("head", ["gap", "ml_decoder"])
+def test_the_loss_in_the_head_has_copies_in_the_dtype_of_amp(head, fused_update):
+    """Of the classes' weight, bias and features, in 2 bytes a number; CSRA's are not counted."""
+    options = {"head": head, "num_classes": 50_000, "fused_loss": True, "fused_update": fused_update, "device": "cpu"}
+    plain, half = (plan({**options, "amp": amp}, processes=1) for amp in ("none", "bf16"))
+    model = building.build_model(TrainConfig(data="none", **options), 50_000, 3)
+    weight = model.head.class_parameter
+    features = 64 * weight.shape[1] * (weight.shape[0] if weight.ndim == 3 else 1)
+    more = half.bytes["logits and loss"] - plain.bytes["logits and loss"]
+    assert more == 2 * (weight.numel() + 50_000 + features)
+    eager = {**options, "fused_loss": False, "fused_update": False}
+    plain, half = (plan({**eager, "amp": amp}, processes=1) for amp in ("none", "bf16"))
+    assert plain.bytes["logits and loss"] == half.bytes["logits and loss"]

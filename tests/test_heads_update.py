@@ -78,10 +78,15 @@ def test_mistakes_are_named() -> None:
     optimizer = ClassSGD([head.class_parameter])
     with pytest.raises(ValueError, match="GAPHead: update must be None without targets, got ClassSGD"):
         head(x, update=optimizer)
-    with pytest.raises(TypeError, match=r"update must be an optimizer of mlhead\.optim, got SGD"):
+    must = r"update must be an optimizer of mlhead\.optim \(ClassSGD, ClassAdamW, ClassAdafactor\)"
+    with pytest.raises(TypeError, match=f"{must}, got SGD"):
         head(x, y, update=torch.optim.SGD([head.class_parameter]))
+    with pytest.raises(TypeError, match=f"{must}, got the class ClassSGD"):
+        head(x, y, update=ClassSGD)
     with pytest.raises(ValueError, match="weight must be itself one of the parameters of `update`, got another tensor"):
         head(x, y, update=ClassSGD([nn.Parameter(torch.zeros(C, D))]))
+    with pytest.raises(ValueError, match=r"after head\.reset\(\) or a copy, make the optimizer anew"):
+        copy.deepcopy(head)(x, y, update=optimizer)
     for other in (CSRAHead(D, C), ZeroShotMLDecoder(D, C, word_vectors=torch.randn(C, 5), **SMALL)):
         assert other.class_parameter is None
         must = f"{type(other).__name__}: update must be None for a head without `class_parameter`, got ClassSGD"

@@ -135,8 +135,10 @@ def loss_with_update(
         arguments: Of the loss.
         backend: As it was given.
     """
-    if not isinstance(update, Update):
-        _check.fail(where, "update", "an optimizer of mlhead.optim", type(update).__name__, TypeError)
+    if isinstance(update, type) or not isinstance(update, Update):
+        must = "an optimizer of mlhead.optim (ClassSGD, ClassAdamW, ClassAdafactor)"
+        got = f"the class {update.__name__}" if isinstance(update, type) else type(update).__name__
+        _check.fail(where, "update", must, got, TypeError)
     if is_transformed():
         _check.fail(where, "update", "None under torch.func and forward-mode AD", "an optimizer")
     update.check_update(where, parameter, arguments.num_classes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -36,7 +37,8 @@ class ClassAdafactor(ClassOptimizer):
 
     Raises:
         ValueError: An option or the shape of a parameter does not fit; the message names it.
-        TypeError: A parameter is no floating tensor, `block_numbers` is no integer, or `eps` is no pair of numbers.
+        TypeError: A parameter is no floating tensor, `block_numbers` or `seed` no integer, or another option no number,
+            or `eps` no pair of them.
 
     Source:
         Shazeer and Stern, Adafactor (2018), without momentum, as `torch.optim.Adafactor`.
@@ -70,15 +72,20 @@ class ClassAdafactor(ClassOptimizer):
             _check.check_number(where, "eps", eps)
         if not ((eps1 is None or eps1 >= 0) and eps2 >= 0):
             self._fail("eps", "two numbers of at least 0, the first perhaps None", group["eps"])
+        for name in ("beta2_decay", "d"):
+            _check.check_number(where, name, group[name])
         if not group["beta2_decay"] <= 0:
             self._fail("beta2_decay", "at most 0", group["beta2_decay"])
         if not group["d"] >= 1:
             self._fail("d", "at least 1", group["d"])
 
-    def new_states(self, group: dict[str, Any], parameter: Tensor, blocks: int) -> dict[str, Tensor]:
+    def new_states(self, group: dict[str, Any], parameter: Tensor, blocks: int) -> dict[str, Callable[[], Tensor]]:
         """The mean square of each class and, for each block, of each feature."""
         (G, E, J), wide = grouped(parameter).shape, wide_dtype(parameter.dtype)
-        return {"row_var": parameter.new_zeros(G, J, dtype=wide), "col_var": parameter.new_zeros(blocks, E, dtype=wide)}
+        return {
+            "row_var": lambda: parameter.new_zeros(G, J, dtype=wide),
+            "col_var": lambda: parameter.new_zeros(blocks, E, dtype=wide),
+        }
 
     def update_block(self, run: BlockPass, block: Block, weight: Tensor, gradient: Tensor) -> None:
         """One step of Adafactor on the block alone; no number goes to the host."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -27,7 +28,8 @@ class ClassAdamW(ClassOptimizer):
 
     Raises:
         ValueError: An option or the shape of a parameter does not fit; the message names it.
-        TypeError: A parameter is no floating tensor, `block_numbers` is no integer, or `betas` is no pair of numbers.
+        TypeError: A parameter is no floating tensor, `block_numbers` or `seed` no integer, or another option no number,
+            or `betas` no pair of them.
 
     Source:
         Loshchilov and Hutter, Decoupled weight decay regularization (2019).
@@ -60,11 +62,11 @@ class ClassAdamW(ClassOptimizer):
         if not group["eps"] >= 0:
             self._fail("eps", "at least 0", group["eps"])
 
-    def new_states(self, group: dict[str, Any], parameter: Tensor, blocks: int) -> dict[str, Tensor]:
+    def new_states(self, group: dict[str, Any], parameter: Tensor, blocks: int) -> dict[str, Callable[[], Tensor]]:
         """The two moments."""
         return {
-            "exp_avg": self._like(parameter, group["state_dtype"]),
-            "exp_avg_sq": self._like(parameter, torch.float32),
+            "exp_avg": self._zeros(parameter, group["state_dtype"]),
+            "exp_avg_sq": self._zeros(parameter, torch.float32),
         }
 
     def update_block(self, run: BlockPass, block: Block, weight: Tensor, gradient: Tensor) -> None:

@@ -50,6 +50,7 @@ class BlockPass:
         number: Of the parameter among all of the optimizer's.
         blocks: All of them.
         dtype: Of the gradient.
+        new: The names of the states that begin with this update.
     """
 
     def __init__(
@@ -60,8 +61,9 @@ class BlockPass:
         number: int,
         blocks: tuple[Block, ...],
         dtype: torch.dtype,
+        new: frozenset[str],
     ) -> None:
-        self.optimizer, self.group, self.blocks, self.dtype = optimizer, group, blocks, dtype
+        self.optimizer, self.group, self.blocks, self.dtype, self.new = optimizer, group, blocks, dtype, new
         self.state: dict[str, Any] = optimizer.state[parameter]
         self.weight = grouped(parameter)
         self.wide = wide_dtype(parameter.dtype)

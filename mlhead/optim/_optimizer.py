@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from collections.abc import Callable
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -37,12 +37,15 @@ class ClassOptimizer(Optimizer):
         * No second backward through a loss (`retain_graph`), no gradients of gradients, no torch.func.
         * No skipped steps: by the time GradScaler sees an infinity, the weight has it. Where a scaler is used for the
           rest of the model, set `optimizer.loss_scale = scaler.get_scale()` before each backward; the gradients are
-          divided by it. Leave the optimizer out of `scaler.step`, and call its own `step()`. Better take bf16.
+          divided by it. `scaler.step` must not get the optimizer (an AssertionError of torch, as it finds no gradient):
+          call its own `step()`. Better take bf16.
+        * `torch.autograd.grad` of such a loss updates the weight too, whatever of the loss's inputs it is asked for.
         * One product more: forward computes the loss alone, and backward the logits again, 4 products instead of 3
           (with softmax 5 instead of 4).
         * Data parallelism: nothing averages the gradients of several processes, whose copies of the weight would drift
           apart. Heads sharded by `parallelize_head` are not supported.
-        * torch.compile runs forward and backward of the loss as it would without compiling (a graph break).
+        * torch.compile runs forward and backward of the loss as it would without compiling (a graph break, which is an
+          error with fullgraph=True).
 
     Under autocast, where weight and features have different dtypes, forward makes a whole copy of the weight in
     autocast's dtype; a weight that has this dtype itself is not copied.
@@ -68,8 +71,11 @@ class ClassOptimizer(Optimizer):
 
     Raises:
         ValueError: An option or the shape of a parameter does not fit, there is no parameter, or one is in two groups.
-        TypeError: A parameter is no floating tensor, `block_numbers` no integer, or another option no number.
+        TypeError: A parameter is no floating tensor, `block_numbers` or `seed` no integer, or another option no number.
     """
+
+    # States that begin when they are first needed, perhaps after the first step; of the parameter's shape.
+    later_states: ClassVar[tuple[str, ...]] = ("compensation",)
 
     def __init__(
         self,
@@ -116,6 +122,8 @@ class ClassOptimizer(Optimizer):
             self._fail("state_dtype", "torch.float32 or torch.bfloat16", group["state_dtype"])
         if group["block_numbers"] is not None:
             _check.check_positive(where, "block_numbers", group["block_numbers"])
+        if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
+            self._fail("seed", "an integer", type(group["seed"]).__name__, TypeError)
         for name in ("lr", "weight_decay"):
             _check.check_number(where, name, group[name])
             if not group[name] >= 0:
@@ -144,8 +152,9 @@ class ClassOptimizer(Optimizer):
             ValueError: It is not, or C was another.
         """
         if self._find(parameter) is None:
-            _check.fail(where, "weight", "itself one of the parameters of `update`", "another tensor")
-        before = self.state[parameter]["num_classes"] if parameter in self.state else num_classes
+            hint = "another tensor (after head.reset() or a copy, make the optimizer anew)"
+            _check.fail(where, "weight", "itself one of the parameters of `update`", hint)
+        before = self.state.get(parameter, {}).get("num_classes", num_classes)
         if num_classes != before:
             _check.fail(where, "num_classes", f"{before}, as in earlier steps with `update`", num_classes)
 
@@ -169,26 +178,32 @@ class ClassOptimizer(Optimizer):
         state = self.state[parameter]
         most = state.get("block_numbers") or group["block_numbers"]
         most = most or block_numbers(parameter.numel(), parameter.device.type)
-        G, E, J = grouped(parameter).shape
-        blocks = plan_blocks(G, E, J, num_classes, max(1, most // max(E, 64)), most)
+        blocks = self._blocks(parameter, num_classes, most)
         if not state:
             state.update(step=torch.tensor(0.0), num_classes=num_classes, block_numbers=most)
-            if group["rounding"] == "kahan" and wide_dtype(parameter.dtype) != parameter.dtype:
-                state["compensation"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            state.update(self.new_states(group, parameter, len(blocks)))
+        makers = dict(self.new_states(group, parameter, len(blocks)))
+        if group["rounding"] == "kahan" and wide_dtype(parameter.dtype) != parameter.dtype:
+            makers["compensation"] = self._zeros(parameter, parameter.dtype)
+        new = {name: make() for name, make in makers.items() if name not in state}
+        state.update(new)
         state["step"] += 1
         self._updated.add(id(parameter))
-        return BlockPass(self, group, parameter, number, blocks, dtype)
+        return BlockPass(self, group, parameter, number, blocks, dtype, frozenset(new))
 
     @staticmethod
-    def _like(parameter: Tensor, dtype: torch.dtype) -> Tensor:
-        """Zeros of the shape of a parameter."""
+    def _blocks(parameter: Tensor, num_classes: int, most: int) -> tuple[Block, ...]:
+        G, E, J = grouped(parameter).shape
+        return plan_blocks(G, E, J, num_classes, max(1, most // max(E, 64)), most)
+
+    @staticmethod
+    def _zeros(parameter: Tensor, dtype: torch.dtype) -> Callable[[], Tensor]:
+        """What makes zeros of the shape of a parameter."""
         dtype = torch.promote_types(dtype, parameter.dtype) if parameter.dtype == torch.float64 else dtype
-        return torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
+        return lambda: torch.zeros_like(parameter, dtype=dtype, memory_format=torch.preserve_format)
 
     @abstractmethod
-    def new_states(self, group: dict[str, Any], parameter: Tensor, blocks: int) -> dict[str, Tensor]:
-        """What the arithmetic keeps between steps, at the start."""
+    def new_states(self, group: dict[str, Any], parameter: Tensor, blocks: int) -> dict[str, Callable[[], Tensor]]:
+        """What makes each tensor that the arithmetic keeps between steps, as it is at the start."""
 
     @abstractmethod
     def update_block(self, run: BlockPass, block: Block, weight: Tensor, gradient: Tensor) -> None:
@@ -227,17 +242,79 @@ class ClassOptimizer(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As of `torch.optim.Optimizer`, but each state keeps its own dtype, and is copied.
 
+        Nothing is changed by a call that raises an error.
+
         Raises:
-            ValueError: The numbers of groups, or of parameters in a group, differ.
+            ValueError: `state_dict` is of another optimizer or another weight: the numbers of groups or of parameters
+                in a group differ, an option or a state is missing, unknown, or of another shape.
+            TypeError: `state_dict` is no dictionary, or one of its options is of a wrong type.
         """
+        parameters = self._check_state_dict(state_dict)
         super().load_state_dict({**state_dict, "state": {}})
-        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
-        parameters = [parameter for group in self.param_groups for parameter in group["params"]]
-        for i, parameter in zip(ids, parameters, strict=True):
-            if i in state_dict["state"]:
+        for i, parameter in parameters.items():
+            if state_dict["state"].get(i):
                 self.state[parameter] = {
                     name: self._loaded(name, value, parameter) for name, value in state_dict["state"][i].items()
                 }
+
+    def _check_state_dict(self, state_dict: Any) -> dict[Any, Tensor]:
+        """The parameter of each number in a state dict, all of which fits this optimizer."""
+        if not isinstance(state_dict, dict):
+            self._fail("state_dict", "a dictionary", type(state_dict).__name__, TypeError)
+        if not {"state", "param_groups"} <= state_dict.keys():
+            self._fail("state_dict", "a dictionary with 'state' and 'param_groups'", sorted(map(str, state_dict)))
+        saved = state_dict["param_groups"]
+        sizes = [len(group["params"]) for group in self.param_groups]
+        found = [len(group.get("params", ())) for group in saved]
+        if found != sizes:
+            self._fail("state_dict", f"of groups with {sizes} parameters", found)
+        parameters = {}
+        for group, theirs in zip(self.param_groups, saved, strict=True):
+            options = [name for name in self.defaults if name != "differentiable"]  # which torch adds as it loads
+            missing = [name for name in options if name not in theirs]
+            if missing:
+                must = f"with the options {', '.join(options)} in each group, as of {type(self).__name__}"
+                self._fail("state_dict", must, f"a group without {', '.join(missing)}")
+            try:
+                self._check_group({**theirs, "params": group["params"]})
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{error} in state_dict") from None
+            for i, parameter in zip(theirs["params"], group["params"], strict=True):
+                parameters[i] = parameter
+                if state_dict["state"].get(i):
+                    self._check_state(i, state_dict["state"][i], theirs, parameter)
+        return parameters
+
+    def _check_state(self, i: Any, state: dict[str, Any], group: dict[str, Any], parameter: Tensor) -> None:
+        """That the saved state `i` is one of this optimizer for a parameter of this shape."""
+        what, (G, _, J) = f"state_dict['state'][{i!r}]", grouped(parameter).shape
+        of = f"as of {type(self).__name__} for a weight {tuple(parameter.shape)}"
+        names = ("step", "num_classes", "block_numbers")
+        meta = torch.empty_like(parameter, device="meta")
+        kept = self.new_states(group, meta, 0).keys() - set(self.later_states)
+        missing = [name for name in (*names, *sorted(kept)) if name not in state]
+        unknown = [str(name) for name in state if name not in (*names, *kept, *self.later_states)]
+        if missing or unknown:
+            got = f"without {', '.join(missing)}" if missing else f"with {', '.join(unknown)}"
+            allowed = ", ".join((*names, *sorted(kept)))
+            self._fail(what, f"of {allowed}, perhaps {', '.join(self.later_states)}, {of}", f"one {got}")
+        for name in names[1:]:
+            if isinstance(state[name], bool) or not isinstance(state[name], int) or state[name] < 0:
+                self._fail(f"{what}[{name!r}]", "an integer of at least 0", repr(state[name]))
+        C = state["num_classes"]
+        if parameter.ndim == 2 and C != J:
+            self._fail(f"{what}['num_classes']", f"{J}, {of}", C)
+        if C > G * J or not (J == -(-C // max(G, 1)) or (G - 1) * J < C):  # as of group_fc
+            self._fail(f"{what}['num_classes']", f"of {G} groups of {J} classes, {of}", C)
+        blocks = self._blocks(parameter, C, max(1, state["block_numbers"]))
+        shapes = {name: make().shape for name, make in self.new_states(group, meta, len(blocks)).items()}
+        shapes.update(dict.fromkeys(self.later_states, parameter.shape), step=torch.Size())
+        for name, shape in shapes.items():
+            value = state.get(name)
+            fits = isinstance(value, Tensor) and value.shape == shape and value.is_floating_point()
+            if name in state and not fits:
+                got = f"{value.dtype} {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+                self._fail(f"{what}[{name!r}]", f"a floating tensor {tuple(shape)}, {of}", got)
 
     @staticmethod
     def _loaded(name: str, value: Any, parameter: Tensor) -> Any:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ class ClassSGD(ClassOptimizer):
 
     Raises:
         ValueError: An option or the shape of a parameter does not fit; the message names it.
-        TypeError: A parameter is no floating tensor, or `block_numbers` is no integer.
+        TypeError: A parameter is no floating tensor, `block_numbers` or `seed` no integer, or another option no number.
     """
+
+    later_states: ClassVar[tuple[str, ...]] = ("momentum_buffer", "compensation")
 
     def __init__(
         self,
@@ -65,9 +68,9 @@ class ClassSGD(ClassOptimizer):
         if group["nesterov"] and (group["momentum"] == 0 or group["dampening"] != 0):
             self._fail("nesterov", "False without momentum or with dampening", True)
 
-    def new_states(self, group: dict[str, Any], parameter: Tensor, blocks: int) -> dict[str, Tensor]:
+    def new_states(self, group: dict[str, Any], parameter: Tensor, blocks: int) -> dict[str, Callable[[], Tensor]]:
         """The momentum."""
-        return {"momentum_buffer": self._like(parameter, group["state_dtype"])} if group["momentum"] else {}
+        return {"momentum_buffer": self._zeros(parameter, group["state_dtype"])} if group["momentum"] else {}
 
     def update_block(self, run: BlockPass, block: Block, weight: Tensor, gradient: Tensor) -> None:
         """One step of SGD."""
@@ -76,10 +79,11 @@ class ClassSGD(ClassOptimizer):
             gradient.add_(weight, alpha=group["weight_decay"])
         if momentum != 0:
             stored = run.part("momentum_buffer", block)
-            if run.step == 1:
+            begins = "momentum_buffer" in run.new
+            if begins:
                 stored.copy_(gradient)
             buffer = run.widened("momentum", block, stored)
-            if run.step > 1:
+            if not begins:
                 buffer.mul_(momentum).add_(gradient, alpha=1 - group["dampening"])
                 if buffer is not stored:
                     stored.copy_(buffer)
