@@ -45,6 +45,8 @@ GPU_TESTS = tuple(
         "losses",
         "loss_ops",
         "optim",
+        "optim_errors",
+        "optim_states",
         "overhead",
         "topk",
         "query_attention_infinite",
