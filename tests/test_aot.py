@@ -115,6 +115,13 @@ def test_a_bad_kernel_is_reported(changes, message):
     assert message in "".join(aot.problems(binary(**changes), "sm_90", widest=True))
 
 
+def test_strides_in_32_bits_are_reported() -> None:
+    narrow = "%3 = arith.muli %facts_stride, %c3_i32 : i32 loc(#loc1)"
+    wide = "%3 = arith.muli %facts_stride_11, %c3_i64 : i64 loc(#loc1)"
+    other = "%4 = arith.muli %tile, %c64_i32 : i32"
+    assert len(aot.narrow_strides(f"{wide}\n{narrow}\n{other}")) == 1
+
+
 def test_a_small_tile_may_use_the_older_instruction():
     small = binary(matrix={"HMMA": 4}, dots=(sass.Dot(16, 64, 64, "bf16", False),))
     assert aot.problems(small, "sm_90", widest=True) == []

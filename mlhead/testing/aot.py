@@ -14,6 +14,7 @@ import argparse
 import inspect
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -227,6 +228,14 @@ def problems(binary: Binary, target: str, widest: bool) -> list[str]:
     return found
 
 
+_NARROW = re.compile(r"arith\.muli [^:]*_stride[^:]* : (?:i32|tensor<[0-9x]+xi32>)")
+
+
+def narrow_strides(ttir: str) -> list[str]:
+    """Products with a stride in 32 bits, which a large tensor would overflow."""
+    return [f"a stride is multiplied in 32 bits: {line[0]}" for line in _NARROW.finditer(ttir)]
+
+
 def survey(target: str, names: list[str], full: bool = False) -> list[Row]:
     """One row for each different compilation of the kernels of the named cases for one target."""
     from .cases import CASES
@@ -256,7 +265,7 @@ def survey(target: str, names: list[str], full: bool = False) -> list[Row]:
             "widest": widest,
             "tensor_memory": getattr(kernel.metadata, "tmem_size", 0),
             **binary.as_row(),
-            "problems": problems(binary, target, widest),
+            "problems": problems(binary, target, widest) + narrow_strides(kernel.asm["ttir"]),
         }
 
     for name in names:
