@@ -43,7 +43,7 @@ GPU_TESTS = tuple(
         "csra_pool",
         "heads_tracing",
         "losses",
-        "loss_ops",
+        "loss_ops_blocks",
         "optim",
         "optim_errors",
         "optim_states",

@@ -19,6 +19,7 @@
 
 #include <cmath>
 
+#include "cuda_class_loss.h"
 #include "cuda_numbers.h"
 
 namespace mlhead {
@@ -31,137 +32,6 @@ constexpr int64_t kLargestGrid = 2147483647;
 // Blocks to a multiprocessor that leave every thread the registers it needs: up to 80, and up to 128 for fp64.
 template <typename T>
 constexpr int kBlocks = sizeof(T) == 8 ? 4 : 6;
-
-__device__ inline float exp_of(float x) {
-  return expf(x);
-}
-__device__ inline double exp_of(double x) {
-  return exp(x);
-}
-__device__ inline float log_of(float x) {
-  return logf(x);
-}
-__device__ inline double log_of(double x) {
-  return log(x);
-}
-__device__ inline float log1p_of(float x) {
-  return log1pf(x);
-}
-__device__ inline double log1p_of(double x) {
-  return log1p(x);
-}
-__device__ inline float magnitude(float x) {
-  return fabsf(x);
-}
-__device__ inline double magnitude(double x) {
-  return fabs(x);
-}
-// x^gamma for x > 0
-__device__ inline float power(float x, float gamma) {
-  return exp2f(gamma * log2f(x));
-}
-__device__ inline double power(double x, double gamma) {
-  return exp2(gamma * log2(x));
-}
-
-template <typename Sum>
-constexpr Sum kTiny = std::is_same<Sum, double>::value ? Sum(2.2250738585072014e-308) : Sum(1.1754943508222875e-38);
-
-// The options of a loss in the type of the sums: y becomes keep * y + smooth. floor_* is 0^gamma, and tiny^gamma where
-// a gradient is taken of the power and gamma < 1.
-template <typename Sum>
-struct Options {
-  Sum gamma_neg, gamma_pos, floor_neg, floor_pos, margin, eps, log_eps, keep, smooth, factor;
-
-  explicit Options(const LossBlock& p)
-      : gamma_neg(Sum(p.gamma_neg)),
-        gamma_pos(Sum(p.gamma_pos)),
-        floor_neg(floor_of(p, p.gamma_neg)),
-        floor_pos(floor_of(p, p.gamma_pos)),
-        margin(Sum(p.margin)),
-        eps(Sum(p.eps)),
-        log_eps(Sum(std::log(p.eps))),
-        keep(Sum(p.loss == Loss::asl ? 1.0 : 1.0 - p.label_smoothing)),
-        smooth(Sum(p.loss == Loss::bce       ? 0.5 * p.label_smoothing
-                   : p.loss == Loss::softmax ? p.label_smoothing / double(p.num_classes)
-                                             : 0.0)),
-        factor(Sum(p.factor)) {}
-
-  static Sum floor_of(const LossBlock& p, double gamma) {
-    return gamma < 1 && !p.detach_focal ? Sum(std::pow(double(kTiny<Sum>), gamma)) : Sum(0);
-  }
-};
-
-template <typename Sum>
-struct Element {
-  Sum loss, dz;
-};
-
-// p = sigmoid(z), q = sigmoid(-z), and log(1 + exp(-|z|)).
-template <typename Sum>
-struct Sigmoids {
-  Sum p, q, log_u;
-
-  __device__ explicit Sigmoids(Sum z) {
-    const Sum e = exp_of(-magnitude(z)), near = 1 / (1 + e), far = e * near;
-    p = z < 0 ? far : near, q = z < 0 ? near : far;
-    log_u = log1p_of(e);
-  }
-};
-
-template <typename Sum>
-__device__ Element<Sum> bce(Sum z, Sum y, Sum weight) {
-  const Sigmoids<Sum> s(z);
-  const Sum weighted = weight * y;
-  return {weighted * ((z > 0 ? Sum(0) : -z) + s.log_u) + (1 - y) * ((z < 0 ? Sum(0) : z) + s.log_u),
-          (1 - y) * s.p - weighted * s.q};
-}
-
-template <typename Sum>
-__device__ Element<Sum> asl(Sum z, Sum y, const Options<Sum>& o, bool detach) {
-  const Sigmoids<Sum> s(z);
-  const Sum log_p = (z < 0 ? z : Sum(0)) - s.log_u, bounded = log_p < o.log_eps ? o.log_eps : log_p;
-  const Sum base = s.p < o.margin ? Sum(0) : s.p - o.margin;
-  const Sum rest = s.q + o.margin > 1 ? Sum(1) : s.q + o.margin;
-  // log(1 - base): from base where that is small, from q where the rest is.
-  const Sum u = z < 0 ? 1 - base : rest < o.eps ? o.eps : rest;
-  const Sum exact = z < 0 ? log1p_of(-base) : log_of(u), log_rest = exact < o.log_eps ? o.log_eps : exact;
-  Sum positive = bounded, dpositive = log_p < o.log_eps ? Sum(0) : s.q;
-  Sum negative = log_rest, dnegative = s.p < o.margin || rest < o.eps ? Sum(0) : -s.p * s.q / u;
-  if (o.gamma_pos > 0) {
-    const bool zero = s.q < kTiny<Sum>;
-    const Sum focal = zero ? Sum(0) : power(s.q, o.gamma_pos);
-    positive *= zero ? o.floor_pos : focal;
-    dpositive *= focal;
-    if (!detach) dpositive -= o.gamma_pos * bounded * focal * s.p;
-  }
-  if (o.gamma_neg > 0) {
-    const bool zero = base <= kTiny<Sum>;
-    const Sum focal = zero ? Sum(0) : power(base, o.gamma_neg);
-    negative *= zero ? o.floor_neg : focal;
-    dnegative *= focal;
-    if (!detach && !zero) dnegative += o.gamma_neg * power(base, o.gamma_neg - 1) * log_rest * s.p * s.q;
-  }
-  return {-(y * positive + (1 - y) * negative), -(y * dpositive + (1 - y) * dnegative)};
-}
-
-// The statistics of some logits of a row.
-template <typename Sum>
-struct Statistics {
-  Sum top, sum, score, total;
-
-  __device__ void merge(const Statistics& other) {
-    const Sum next = other.top > top ? other.top : top;
-    sum = sum * weight(top, next) + other.sum * weight(other.top, next);
-    top = next;
-    score += other.score;
-    total += other.total;
-  }
-
- private:
-  // Infinities that are equal have no difference.
-  __device__ static Sum weight(Sum x, Sum next) { return x == next ? Sum(1) : exp_of(x - next); }
-};
 
 __device__ inline int64_t first_at_least(const int64_t* targets, int64_t begin, int64_t end, int64_t c) {
   while (begin < end) {
@@ -280,7 +150,7 @@ __device__ Sum weight_of(const void* weights, int64_t at) {
 
 // One block handles a run of one image's logits.
 template <typename T, Loss LOSS>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) class_loss_gradient(LossBlock p, Options<SumOf<T>> o) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) class_loss_gradient(LossBlock p, OptionsOf<SumOf<T>> o) {
   using Sum = SumOf<T>;
   __shared__ Sum sparse[kTile];
   Run<T> run(p, sparse);
@@ -294,7 +164,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) class_loss_gradient(Loss
   run.for_each_logit(
       [&](T* at, int64_t c, Sum z, Sum y) {
         const Sum weight = weight_of<Sum>(p.class_weight, c);
-        Element<Sum> element{0, 0};
+        LossElement<Sum> element{0, 0};
         if constexpr (LOSS == Loss::softmax) {
           element.dz = total * exp_of(z - top - log_sum) - weight * (y * o.keep + o.smooth);
         } else if (y >= 0) {
@@ -326,12 +196,12 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) class_loss_gradient(Loss
 
 // One block handles a run of one image's logits.
 template <typename T>
-__global__ void __launch_bounds__(kThreads, kBlocks<T>) class_loss_statistics(LossBlock p, Options<SumOf<T>> o) {
+__global__ void __launch_bounds__(kThreads, kBlocks<T>) class_loss_statistics(LossBlock p, OptionsOf<SumOf<T>> o) {
   using Sum = SumOf<T>;
   __shared__ Sum sparse[kTile];
-  __shared__ Statistics<Sum> found[kThreads];
+  __shared__ LossStatistics<Sum> found[kThreads];
   Run<T> run(p, sparse);
-  Statistics<Sum> own{-Sum(INFINITY), 0, 0, 0};
+  LossStatistics<Sum> own{-Sum(INFINITY), 0, 0, 0};
   run.for_each_logit(
       [&](T*, int64_t c, Sum z, Sum y) {
         const Sum v = weight_of<Sum>(p.class_weight, c) * (y * o.keep + o.smooth);
@@ -351,9 +221,9 @@ __global__ void __launch_bounds__(kThreads, kBlocks<T>) class_loss_statistics(Lo
   }
   if (threadIdx.x > 0) return;
   if (p.parts)
-    static_cast<Statistics<Sum>*>(p.parts)[blockIdx.x] = found[0];
+    static_cast<LossStatistics<Sum>*>(p.parts)[blockIdx.x] = found[0];
   else
-    static_cast<Statistics<Sum>*>(p.statistics)[run.b].merge(found[0]);
+    static_cast<LossStatistics<Sum>*>(p.statistics)[run.b].merge(found[0]);
 }
 
 // One thread adds the parts of one image to its loss, or merges them into its statistics.
@@ -362,10 +232,10 @@ __global__ void __launch_bounds__(kThreads) class_loss_parts(LossBlock p, bool s
   const int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (b >= p.B) return;
   if (statistics) {
-    const Statistics<Sum>* const parts = static_cast<const Statistics<Sum>*>(p.parts) + b * p.splits;
-    Statistics<Sum> all = parts[0];
+    const LossStatistics<Sum>* const parts = static_cast<const LossStatistics<Sum>*>(p.parts) + b * p.splits;
+    LossStatistics<Sum> all = parts[0];
     for (int64_t split = 1; split < p.splits; ++split) all.merge(parts[split]);
-    static_cast<Statistics<Sum>*>(p.statistics)[b].merge(all);
+    static_cast<LossStatistics<Sum>*>(p.statistics)[b].merge(all);
   } else {
     const Sum* const parts = static_cast<const Sum*>(p.parts) + b * p.splits;
     Sum all = 0;
@@ -406,14 +276,14 @@ const char* launch_gradient(const LossBlock& p, cudaStream_t stream) {
   const auto kernel = p.loss == Loss::bce   ? class_loss_gradient<T, Loss::bce>
                       : p.loss == Loss::asl ? class_loss_gradient<T, Loss::asl>
                                             : class_loss_gradient<T, Loss::softmax>;
-  const char* const problem = launch(kernel, p.B * p.splits, stream, p, Options<SumOf<T>>(p));
+  const char* const problem = launch(kernel, p.B * p.splits, stream, p, OptionsOf<SumOf<T>>(p));
   if (problem || p.loss == Loss::softmax || !p.row_loss || !p.parts) return problem;
   return launch(class_loss_parts<SumOf<T>>, tiles(p.B, kThreads), stream, p, false);
 }
 
 template <typename T>
 const char* launch_statistics(const LossBlock& p, cudaStream_t stream) {
-  const char* const problem = launch(class_loss_statistics<T>, p.B * p.splits, stream, p, Options<SumOf<T>>(p));
+  const char* const problem = launch(class_loss_statistics<T>, p.B * p.splits, stream, p, OptionsOf<SumOf<T>>(p));
   if (problem || !p.parts) return problem;
   return launch(class_loss_parts<SumOf<T>>, tiles(p.B, kThreads), stream, p, true);
 }
