@@ -23,6 +23,28 @@ from mlhead._usage import UsageError, closest, require, usage_fail
 # Options that the task "classification" would not use.
 ZERO_SHOT_ONLY = ("unseen", "word_vectors", "query_noise", "random_queries")
 
+# Options that data of the other kind would not use.
+FOLDER_ONLY = (
+    "layout",
+    "labels",
+    "val_labels",
+    "image_column",
+    "label_column",
+    "label_delimiter",
+    "classes",
+    "val_fraction",
+    "voc_difficult",
+    "crop_scale",
+    "hflip",
+    "auto_augment",
+    "color_jitter",
+    "random_erasing",
+    "cutout",
+    "normalize",
+    "crop_pct",
+)
+SCENES_ONLY = ("num_classes", "train_length", "val_length", "long_tail", "unseen")
+
 # What --fused-update can do inside backward.
 FUSED_OPTIMIZERS = ("adamw", "sgd", "momentum")
 
@@ -90,7 +112,11 @@ class TrainConfig:
     word_vectors: str | None = _option(
         None, "zero-shot: word vectors in place of the data's own: GloVe or word2vec file, or an array of all classes"
     )
-    crop_scale: float = _option(0.5, "folder: smallest share of an image's area that a training crop keeps", least=0)
+    crop_scale: float = _option(
+        0.5,
+        "folder: smallest share of an image's area that a training crop keeps; 1 keeps all of it, squeezed",
+        least=0,
+    )
     hflip: float = _option(0.5, "folder: probability of mirroring a training image", least=0)
     auto_augment: str | None = _option(None, "folder: timm's name of an augmentation, e.g. rand-m9-mstd0.5-inc1")
     color_jitter: float = _option(
@@ -161,6 +187,9 @@ class TrainConfig:
     warmup: float = _option(0.3, "share of the run in which the learning rate rises", least=0)
     clip_grad: float | None = _option(None, "largest norm of the gradient", least=0)
     ema: float = _option(0.0, "decay of the moving average of the weights, e.g. 0.999; 0 for none", least=0)
+    ema_warmup: bool = _option(
+        True, "the average follows faster at first: after step t with the decay 1 - (1 + t)^(-2/3), at most --ema"
+    )
     amp: str = _option("none", "automatic mixed precision", choices=("none", "bf16", "fp16"))
     channels_last: bool = _option(True, "keep images and convolutions in channels-last order")
     # Running
@@ -191,6 +220,8 @@ class TrainConfig:
         for name in ("random_erasing", "hflip"):
             if getattr(self, name) > 1:
                 usage_fail(flag(name), "a probability", getattr(self, name))
+        if self.clip_grad == 0:
+            usage_fail("--clip-grad", "above 0, or absent", self.clip_grad)
         if not 0 < self.crop_scale <= 1:
             usage_fail("--crop-scale", "above 0 and at most 1", self.crop_scale)
         if self.seed >= 2**63:

@@ -2,14 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from mlhead import building
 from mlhead._config import TrainConfig
 from mlhead._spread import Spread
 from mlhead.backbones import HeadedModel
+
+SMALLEST_SCALE = 2.0**-14  # of a loss in fp16; it begins at 2^16 and halves at every overflow
+
+
+def are_finite(parameters: Iterable[Tensor]) -> bool:
+    """Whether all numbers of some parameters are, of sharded ones those that are here; no copy of them is made."""
+    found = []
+    for parameter in parameters:
+        here = parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
+        if here.numel():
+            found.append(torch.stack(torch.aminmax(here)).float().isfinite().all())
+    return not found or bool(torch.stack(found).all())
 
 
 class Steps:
@@ -24,7 +39,10 @@ class Steps:
     Attributes:
         optimizer: of all parameters but that of `update`.
         update: what the head takes as `update`, or None.
+        skipped: steps, since the run began or was resumed, that the scaler of fp16 did not make.
     """
+
+    skipped = 0
 
     def __init__(self, config: TrainConfig, model: HeadedModel, total_steps: int, spread: Spread) -> None:
         self.config, self.model, self.spread = config, model, spread
@@ -50,7 +68,14 @@ class Steps:
             self.update.step()
         self.optimizer.zero_grad(set_to_none=True)
         # A step that the scaler skipped for its overflow does not move the schedules; torch would warn about it.
-        if self._scaler.get_scale() >= scale:
+        if self._scaler.get_scale() < scale:
+            self.skipped += 1
+            if self._scaler.get_scale() < SMALLEST_SCALE:
+                raise FloatingPointError(
+                    f"the gradients of step {done} overflow in fp16 whatever the loss is multiplied by: training has "
+                    f"diverged; try a lower --lr or --amp bf16"
+                )
+        else:
             for _, advance in self._schedules:
                 advance(done)
         return norm

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +48,18 @@ class RunLog:
 
     def add(self, kind: str, step: int, **values: Any) -> None:
         """One record; `kind` is "train" or "val"."""
-        record = {"kind": kind, "step": step, **values}
+        record = {"kind": kind, "step": step, **{name: _finite(value) for name, value in values.items()}}
         unknown = record.keys() - set(COLUMNS)
         assert not unknown, f"no column for {unknown}"
         with self.json_path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         with self.csv_path.open("a", encoding="utf-8") as file:
             file.write(_csv_line(record.get(column, "") for column in COLUMNS))
+
+
+def _finite(value: Any) -> Any:
+    """A number as JSON has it: None for what is not finite, such as the norm of gradients that overflow in fp16."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _csv_line(cells: Any) -> str:

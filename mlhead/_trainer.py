@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mlhead import _dcp, _training_state, building, checkpoints
 from mlhead._config import TrainConfig
 from mlhead._progress import Progress
-from mlhead._run_steps import Steps
+from mlhead._run_steps import Steps, are_finite
 from mlhead._runlog import RunLog
 from mlhead._spread import Spread, true_shapes
 from mlhead._usage import UsageError, require, usage_fail
@@ -49,6 +49,14 @@ class Saved(NamedTuple):
 
     path: Path
     state: dict[str, Any]
+
+
+class _Nowhere(io.TextIOBase):
+    """A stream that keeps nothing."""
+
+    def write(self, text: str) -> int:
+        """As if it were written."""
+        return len(text)
 
 
 class _Waiting:
@@ -84,7 +92,7 @@ class Trainer:
         processes: Processes = ALONE,
     ) -> None:
         self.config, self.processes = config, processes
-        self.stream = stream if processes.is_main else io.StringIO()
+        self.stream: Any = stream if processes.is_main else _Nowhere()
         self.out = Path(config.out)
         self.device = processes.device(config.device)
         self.spread = Spread(config, processes, self.device)
@@ -114,20 +122,21 @@ class Trainer:
         self.spec = ImageSpec(**state["image_spec"]) if state else self.source.image_spec(model.backbone)
         self.train_set = self.source.dataset("train", self.spec)
         self.val_set = self.source.dataset("val", self.spec)
-        length, per_step = len(self.train_set), config.batch_size * config.accumulate  # type: ignore[arg-type]
+        self._check_images(state)
+        length = len(self.train_set)  # type: ignore[arg-type]
         self.batches_per_epoch = length // config.batch_size
         if self.batches_per_epoch == 0:
             usage_fail("--batch-size", f"at most {length}, the number of training images", config.batch_size)
-        self.steps_per_epoch = max(1, length // per_step)
-        self.total_steps = config.steps or max(1, round(config.epochs * self.batches_per_epoch / config.accumulate))
-        self.eval_every = config.eval_every or self.steps_per_epoch
+        steps_per_epoch = self.batches_per_epoch / config.accumulate
+        self.total_steps = config.steps or max(1, round(config.epochs * steps_per_epoch))
+        self.eval_every = config.eval_every or max(1, round(steps_per_epoch))
         self.checkpoint_every = config.checkpoint_every or self.eval_every
 
         self.model = self.spread.prepared(model, config.channels_last).train()
         self.ema = None
         if config.ema > 0:
             utils = require("timm.utils", "--ema")
-            options = {"decay": config.ema, "use_warmup": True, "foreach": not self.spread.has_shards}
+            options = {"decay": config.ema, "use_warmup": config.ema_warmup, "foreach": not self.spread.has_shards}
             self.ema = utils.ModelEmaV3(self.model, **options)
             self.spread.shard(self.ema.module)
         self.spread.shard(self.model)
@@ -149,6 +158,26 @@ class Trainer:
         if resume is not None:
             self._restore(resume)
         self.log: RunLog | None = None
+
+    def _check_images(self, state: dict[str, Any] | None) -> None:
+        """That there is something to validate on, and that a resumed run has the images that it began with."""
+        listing = getattr(self.val_set, "listing", None)
+        if self.config.metrics == "all" and listing is not None and not listing.positives(self.num_classes).any():
+            usage_fail("--data", "such that a validation image has a label", f"none in {len(listing)} images")
+        for split, images in () if state is None else state.get("images", {}).items():
+            now = self._images[split]
+            if now != images:
+                must = f"as it was when the run began, with {images} usable {split} images"
+                usage_fail("--data", must, f"{now} in {self.config.data}")
+
+    @property
+    def _images(self) -> dict[str, int]:
+        return {"train": len(self.train_set), "val": len(self.val_set)}  # type: ignore[arg-type]
+
+    @property
+    def _epoch(self) -> float:
+        """Epochs up to now."""
+        return round(self.step * self.config.accumulate / self.batches_per_epoch, 4)
 
     def _say(self, line: str) -> None:
         progress = getattr(self, "progress", None)
@@ -177,6 +206,7 @@ class Trainer:
             "class_names": self.source.class_names,
             "num_seen": self.num_classes,
             "image_spec": self.spec.to_dict(),
+            "images": self._images,
             **shared,
             **self.steps.state(),
             "loss_count": self._loss_count,
@@ -249,18 +279,20 @@ class Trainer:
             evaluates = self.step % self.eval_every == 0 or last
             saves = self.step % self.checkpoint_every == 0 or last
             if evaluates or saves:
+                self._check_finite(weights=True)
                 with self.progress.pause():
                     for model in (self.model, self._average):
                         self.spread.average_statistics(model)
                     if evaluates:
                         self._validate()
                     if saves:
-                        self._check_finite()
                         self._save("last")
         rate = self.progress.rate
         self.progress.close()
         if summary := self.bad_data.summary():
             self._say(summary)
+        if self.steps.skipped:
+            self._say(f"{self.steps.skipped} steps were skipped, whose gradients overflowed in fp16")
         wait = self.processes.largest(self._waiting_in_all.share)
         return Summary(self.out, self.step, self.metrics, self.best, rate, config.task == "zero-shot", wait)
 
@@ -333,16 +365,21 @@ class Trainer:
     def _image_shape(self) -> tuple[int, int, int]:
         return self.spec.channels, self.spec.height, self.spec.width
 
-    def _check_finite(self) -> float:
-        """The mean over the processes of the sum of the losses since the last line of the log."""
+    def _check_finite(self, *, weights: bool = False) -> float:
+        """The mean over the processes of the sum of the losses since the last line of the log.
+
+        Raises:
+            FloatingPointError: it is not finite; or, if these are looked at too, a weight is not.
+        """
         loss = self.processes.total(self._loss_sum.item()) / self.processes.world
-        if not math.isfinite(loss):
-            found = checkpoints.find(self.out, "last")
-            good = f". The last good state is in {found}" if found else ""
+        found = "" if math.isfinite(loss) else f"the loss is {loss}"
+        if weights and not found and self.processes.total(float(not are_finite(self.model.parameters()))):
+            found = "a weight is not finite"
+        if found:
+            last = checkpoints.find(self.out, "last")
+            good = f". The last good state is in {last}" if last else ""
             advice = "a lower --lr" + ("" if self.config.fused_update else " or --clip-grad 1")
-            raise FloatingPointError(
-                f"the loss is {loss} at step {self.step}: training has diverged; try {advice}{good}"
-            )
+            raise FloatingPointError(f"{found} at step {self.step}: training has diverged; try {advice}{good}")
         return loss
 
     def _log_training(self, grad_norm: Tensor | None) -> None:
@@ -354,7 +391,7 @@ class Trainer:
         wait = round(self.processes.largest(self._waiting.share), 4)
         if self.log is not None:
             speed = round(self.progress.rate, 1) if self.progress.count > self.progress.start else 0.0
-            facts = {"epoch": round(self.step / self.steps_per_epoch, 4), "images_per_s": speed, "data_wait": wait}
+            facts = {"epoch": self._epoch, "images_per_s": speed, "data_wait": wait}
             self.log.add("train", self.step, time_s=round(time.time(), 3), **facts, **values)
         self.progress.advance(0, f"loss {loss:.4f}")
         self._loss_sum.zero_()
@@ -388,8 +425,7 @@ class Trainer:
         self.metrics = self.processes.from_main(lambda: {**found, "step": self.step})
         values = {name: value for name, value in self.metrics.items() if name != "step"}
         if self.log is not None:
-            epoch = round(self.step / self.steps_per_epoch, 4)
-            self.log.add("val", self.step, epoch=epoch, time_s=round(time.time(), 3), **values)
+            self.log.add("val", self.step, epoch=self._epoch, time_s=round(time.time(), 3), **values)
         main = main_measure(values)
         shown = "  ".join(
             f"{name} {values[name]:.4f}" for name in ("top1", "mAP", "CF1", "OF1", "P@1", "nDCG@5") if name in values
@@ -397,7 +433,6 @@ class Trainer:
         better = values[main] > self.best.get(main, -1.0)
         self._say(f"step {self.step}: {shown}{'  (best)' if better else ''}")
         if better:
-            self._check_finite()
             self.best = dict(self.metrics)
             self._save("best")
 

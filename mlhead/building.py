@@ -167,10 +167,19 @@ def build_mixup(config: TrainConfig) -> Mixing | None:
 
 
 def scores_as_logits(config: TrainConfig, logits: Tensor) -> Tensor:
-    """Logits whose sigmoid is the model's probability: the logits themselves, but for the softmax loss."""
+    """Logits (B, C) whose sigmoid is the model's probability: the logits themselves, but of the softmax loss.
+
+    There log(p / (1 - p)), finite and in the order of the logits however sure the model is.
+    """
     if config.loss != "softmax":
         return logits
-    return torch.logit(logits.double().softmax(dim=1), eps=1e-12).float()
+    z = logits.double()
+    top, best = z.max(dim=1, keepdim=True)
+    log_p = z.log_softmax(dim=1)
+    odds = log_p - torch.log1p(-log_p.exp())
+    # Of the best class 1 - p may round to 0; the sum over the others does not.
+    odds = odds.scatter(1, best, top - z.scatter(1, best, -torch.inf).logsumexp(dim=1, keepdim=True))
+    return odds.float().clamp(max=torch.finfo(torch.float32).max)  # a single class has no others
 
 
 def _check_names(options: dict[str, Any], kind: type, argument: str, owner: str, without: tuple[str, ...] = ()) -> None:
@@ -235,12 +244,15 @@ def build_schedule(
     config: TrainConfig, optimizer: torch.optim.Optimizer, total_steps: int
 ) -> tuple[Any, Callable[[int], None]]:
     """The schedule, which has a state dict, and a function to call with the number of steps done."""
-    warmup = round(config.warmup * total_steps)
+    warmup = min(round(config.warmup * total_steps), total_steps - 1)
     if config.schedule == "onecycle":
         rates = [group["lr"] for group in optimizer.param_groups]
         # One more than the run has: the step past the last one would be an error after the last update.
+        steps, share = total_steps + 1, config.warmup
+        if abs(share * steps - 1) < 1e-6:  # torch would divide by the length of a rise of no step
+            share = 0.0
         schedule = torch.optim.lr_scheduler.OneCycleLR(
-            optimizer, rates, total_steps=total_steps + 1, pct_start=config.warmup, cycle_momentum=False
+            optimizer, rates, total_steps=steps, pct_start=share, cycle_momentum=False
         )
         return schedule, lambda step: schedule.step()
     timm_scheduler = require("timm.scheduler", "mlhead train")

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import pickle
 import random
 import tempfile
 import zipfile
@@ -26,6 +25,7 @@ from mlhead._usage import UsageError
 FORMAT = 1
 NAMES = ("last", "best")
 _KIND = "mlhead checkpoint"
+_FOLDER = 0x10  # of the attributes of a record
 
 
 class CheckpointError(UsageError):
@@ -61,8 +61,9 @@ def replace_atomically(path: Path, write_file: Callable[[Path], object]) -> None
 
 
 def remove_leftovers(folder: Path) -> list[Path]:
-    """Deletes the unfinished files that a killed process left in a folder; returns what was deleted."""
-    leftovers = sorted(folder.glob(".*.part"))
+    """Deletes the unfinished files that a killed run left in a folder; returns what was deleted."""
+    own = (*(f"{name}.pt" for name in NAMES), "log.jsonl", "log.csv")
+    leftovers = sorted(path for name in own for path in folder.glob(f".{name}.*.part"))
     for path in leftovers:
         path.unlink(missing_ok=True)
     for name in NAMES:
@@ -131,15 +132,13 @@ def load_checkpoint(path: Path, *, map_location: str | torch.device = "cpu", mma
     if not path.is_file():
         raise CheckpointError(f"checkpoint must be an existing file, got {path}")
     try:
-        with zipfile.ZipFile(path) as archive:
-            wrong = archive.testzip()
-        if wrong is not None:
-            raise CheckpointError(damaged(path, f"checksum of {wrong} does not match"))
+        _check_records(path)
         state = torch.load(path, map_location=map_location, weights_only=True, mmap=mmap)
     except CheckpointError:
         raise
-    except (zipfile.BadZipFile, EOFError, RuntimeError, OSError, ValueError, pickle.UnpicklingError) as error:
-        raise CheckpointError(damaged(path, f"{type(error).__name__}: {str(error).splitlines()[0]}")) from error
+    except Exception as error:  # damage may end in any error of zipfile, pickle, codecs and torch
+        reason = next(iter(str(error).splitlines()), "no reason given")
+        raise CheckpointError(damaged(path, f"{type(error).__name__}: {reason}")) from error
     if not isinstance(state, dict) or state.get("kind") != _KIND:
         raise CheckpointError(f"checkpoint must be written by mlhead train, got {path}, which holds something else")
     if state["format"] > FORMAT:
@@ -147,6 +146,23 @@ def load_checkpoint(path: Path, *, map_location: str | torch.device = "cpu", mma
             f"checkpoint must be of format {FORMAT} or older, got {state['format']} in {path}: update mlhead"
         )
     return state
+
+
+def _check_records(path: Path) -> None:
+    """Reads every record of the archive, whose checksums zipfile compares, and what the archive says of the records."""
+    with zipfile.ZipFile(path) as archive:
+        for record in archive.infolist():
+            # torch stores records as they are; one that is marked otherwise it would take for empty, or leave unread.
+            plain = record.compress_type == zipfile.ZIP_STORED and record.file_size == record.compress_size
+            if not plain or record.is_dir() or record.external_attr & _FOLDER:
+                raise CheckpointError(damaged(path, f"{record.filename} is not stored as it was written"))
+            try:
+                with archive.open(record) as file:
+                    while file.read(1 << 20):
+                        pass
+            except zipfile.BadZipFile as error:
+                reason = f"checksum of {record.filename} does not match" if "CRC" in str(error) else str(error)
+                raise CheckpointError(damaged(path, reason)) from error
 
 
 def damaged(path: Path, reason: str) -> str:

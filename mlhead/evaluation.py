@@ -83,7 +83,26 @@ def evaluate(
     """
     was_training = model.training
     model.eval()
-    lap = _Laps(times, device)
+    try:
+        _see(model, batches, config, metrics, device, bad_data, progress, lap := _Laps(times, device))
+    finally:
+        model.train(was_training)
+    found = metrics.compute(group)
+    lap("metrics")
+    return found
+
+
+def _see(
+    model: nn.Module,
+    batches: Any,
+    config: TrainConfig,
+    metrics: Any,
+    device: torch.device,
+    bad_data: BadDataLog,
+    progress: Progress | None,
+    lap: _Laps,
+) -> None:
+    """Shows the metrics all batches."""
     for batch in batches:
         lap("data")
         bad_data.add(batch.bad)
@@ -98,19 +117,13 @@ def evaluate(
             else:
                 with autocast(config, device):
                     logits = model(images)
-                logits = logits.float()
-                if not isinstance(metrics, TopKAccuracy):
-                    logits = building.scores_as_logits(config, logits)
+                logits = building.scores_as_logits(config, logits.float())
                 lap("model")
                 metrics.update(logits, targets)
             lap("metrics")
         if progress is not None:
             progress.advance()
     lap("data")
-    model.train(was_training)
-    found = metrics.compute(group)
-    lap("metrics")
-    return found
 
 
 def _real(classes: Tensor, targets: SparseTargets, real: int | None) -> tuple[Tensor, SparseTargets]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from mlhead import building, visualize
 from mlhead._config import TrainConfig
@@ -19,9 +20,9 @@ from mlhead._usage import UsageError, require, usage_fail
 from mlhead.backbones import HeadedModel
 from mlhead.checkpoints import CheckpointError, damaged, load_checkpoint, not_written, replace_atomically
 from mlhead.data.folder import open_image
-from mlhead.data.loading import BadSample, evaluation_loader
+from mlhead.data.loading import BadSample, Sample, evaluation_loader
 from mlhead.data.reporting import BadDataLog
-from mlhead.data.sources import ImageSpec, open_source
+from mlhead.data.sources import ImageSpec, Source, open_source
 from mlhead.evaluation import choose_device, evaluate, new_metrics
 from mlhead.metrics import MultiLabelMetrics, TopKMetrics, ZeroShotMetrics
 
@@ -146,19 +147,35 @@ def _exported(path: Path, weights: str) -> tuple[dict[str, Any], dict[str, Tenso
 def evaluate_checkpoint(
     path: Path,
     *,
-    split: str = "test",
+    split: str | None = None,
     changes: dict[str, Any] | None = None,
     device: str = "auto",
     weights: str = "auto",
     stream: Any = None,
 ) -> dict[str, float]:
-    """The metrics of a checkpoint on a split of its own data, or of other data given by `changes` to its options."""
+    """The metrics of a checkpoint on a split of its own data, or of other data given by `changes` to its options.
+
+    Args:
+        path: of a checkpoint, or of what `export_model` wrote.
+        split: "train", "val" or "test"; None for "test", or for "val" where the data has no images for "test".
+        changes: options of the run to change, by name.
+        device: as `load_model`.
+        weights: as `load_model`.
+        stream: where progress goes, by default stderr.
+
+    Raises:
+        CheckpointError: as of `load_model`.
+        UsageError: as of `load_model`, or the data cannot be used or has no image of the split.
+    """
     loaded = load_model(path, device=device, weights=weights)
-    config = TrainConfig(**{**vars(loaded.config), **(changes or {})})
+    changes = dict(changes or {})
+    if changes.keys() & {"data", "labels"}:
+        changes.setdefault("val_labels", None)  # those of the run belong to its own images
+    config = TrainConfig(**{**vars(loaded.config), **changes})
     say = Progress(0, "", stream=stream).say
     bad_data = BadDataLog(config.on_bad_data, say)
     source = open_source(config, bad_data, loaded.class_names)
-    dataset = source.dataset(split, loaded.image_spec)
+    split, dataset = _images(source, split, loaded.image_spec, say)
     scores: MultiLabelMetrics | ZeroShotMetrics | TopKMetrics
     if config.task == "zero-shot" and split == "test":  # the other splits know no unseen class
         scores = ZeroShotMetrics(loaded.num_seen, len(loaded.class_names), device=loaded.device)
@@ -177,6 +194,20 @@ def evaluate_checkpoint(
     return metrics
 
 
+def _images(
+    source: Source, split: str | None, spec: ImageSpec, say: Callable[[str], None]
+) -> tuple[str, Dataset[Sample]]:
+    """The images to measure on, and of which split they are."""
+    if split is not None:
+        return split, source.dataset(split, spec, augment=False)
+    try:
+        return "test", source.dataset("test", spec)
+    except UsageError:
+        found = source.dataset("val", spec)
+    say("the data has no images for the test split: this is the val split")
+    return "val", found
+
+
 @torch.no_grad()
 def predict_tensor(loaded: Loaded, image: Tensor, *, top: int = 5, threshold: float = 0.5) -> Prediction:
     """The classes of one normalised image (channels, H, W): those at or above the threshold, at most `top`.
@@ -186,7 +217,8 @@ def predict_tensor(loaded: Loaded, image: Tensor, *, top: int = 5, threshold: fl
     images = image.unsqueeze(0).to(loaded.device)
     features = loaded.model.forward_features(images)
     logits = building.scores_as_logits(loaded.config, loaded.model.head(features).float())
-    scores, classes = logits[0].sigmoid().topk(min(top, len(loaded.class_names)))
+    best, classes = logits[0].topk(min(top, len(loaded.class_names)))  # sigmoids of high logits are all 1
+    scores = best.sigmoid()
     count = max(1, int((scores >= threshold).sum()))
     scores, classes = scores[:count], classes[:count]
     attention = loaded.model.head.attention_maps(features, classes)[0]  # type: ignore[operator]

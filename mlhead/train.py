@@ -39,15 +39,17 @@ def train(config: TrainConfig, *, overwrite: bool = False, stream: Any = None) -
 def _check_room(out: Path, overwrite: bool) -> None:
     if out.exists() and not out.is_dir():
         usage_fail("--out", "a folder", f"the file {out}")
-    if checkpoints.find(out, "last") and not overwrite:
+    if any(checkpoints.find(out, name) for name in checkpoints.NAMES) and not overwrite:
         usage_fail("--out", "a folder without a run (or use --overwrite, or --resume)", out)
 
 
 def _make_room(out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     checkpoints.remove_leftovers(out)
-    for name in ("last.pt", "last.dcp", "best.pt", "best.dcp", "bad_data.txt"):
-        checkpoints.remove(out / name)
+    for name in checkpoints.NAMES:
+        checkpoints.remove(out / f"{name}.pt")
+        checkpoints.remove(out / f"{name}.dcp")
+    (out / "bad_data.txt").unlink(missing_ok=True)
 
 
 def _to_go_on_with(config: TrainConfig, out: Path) -> Path | None:
@@ -86,6 +88,8 @@ def _resume(path: Path, changes: dict[str, Any], stream: Any, processes: Process
     processes.from_main(lambda: checkpoints.remove_leftovers(path if is_run else path.parent))
     if is_run:
         path = processes.from_main(lambda: checkpoints.find(path, "last")) or path / "last.pt"
+    elif not path.exists():  # a run on another number of processes writes a folder in the place of a file, or a file
+        path = processes.from_main(lambda: checkpoints.find(path.parent, path.stem)) or path
     state = _read(path)
     for name in changes:
         if name not in CHANGEABLE:

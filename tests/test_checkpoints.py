@@ -9,6 +9,7 @@ import random
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,47 @@ def test_every_flipped_byte_is_found(tmp_path):
             CheckpointError, match=r"last\.pt is damaged or cut short \(checksum of .* restore it from a copy"
         ):
             load_checkpoint(path)
+
+
+def test_a_flipped_bit_outside_of_the_tensors_is_found_or_changes_nothing(tmp_path):
+    """Names, sizes, attributes and places of the records, which no checksum covers."""
+    path, w = tmp_path / "last.pt", torch.arange(64.0)
+    save_checkpoint(path, {"step": 1, "w": w})
+    good = path.read_bytes()
+    at = good.index(w.numpy().tobytes())
+    bits = random.Random(0)
+    refused = 0
+    for position in [*range(at), *range(at + w.nbytes, len(good))]:
+        damaged = bytearray(good)
+        damaged[position] ^= 1 << bits.randrange(8)
+        path.write_bytes(damaged)
+        try:
+            state = load_checkpoint(path)
+        except CheckpointError:
+            refused += 1
+        else:
+            assert state["step"] == 1
+            assert torch.equal(state["w"], w)
+    assert refused > 500
+
+
+@pytest.mark.parametrize("attribute", range(8))
+def test_a_record_marked_as_a_folder_is_refused(tmp_path, attribute):
+    """Torch would not read it and give whatever is in memory."""
+    path = tmp_path / "last.pt"
+    save_checkpoint(path, {"w": torch.arange(64.0)})
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        directory = archive.start_dir
+    record = content.index(b"data/0", directory)
+    place = content.rindex(b"PK\x01\x02", directory, record) + 38  # of the external attributes
+    content[place] ^= 1 << attribute
+    path.write_bytes(content)
+    if attribute == 4:
+        with pytest.raises(CheckpointError, match=r"data/0 is not stored as it was written\); nothing was loaded"):
+            load_checkpoint(path)
+    else:
+        assert torch.equal(load_checkpoint(path)["w"], torch.arange(64.0))
 
 
 @pytest.mark.parametrize("keep", [0, 10, 0.5, 0.99])

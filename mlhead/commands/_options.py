@@ -23,9 +23,9 @@ def new_parser(
     return parser
 
 
-def add_split(parser: argparse.ArgumentParser) -> None:
+def add_split(parser: argparse.ArgumentParser, default: str | None, text: str) -> None:
     """Which images."""
-    parser.add_argument("--split", choices=("train", "val", "test"), default="test", help="(default: test)")
+    parser.add_argument("--split", choices=("train", "val", "test"), default=default, help=f"(default: {text})")
 
 
 def add_weights(parser: argparse.ArgumentParser) -> None:

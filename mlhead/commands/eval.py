@@ -13,6 +13,7 @@ OPTIONS = (
     "layout",
     "voc_difficult",
     "labels",
+    "val_labels",
     "image_column",
     "label_column",
     "label_delimiter",
@@ -30,7 +31,7 @@ def add(commands: Commands) -> None:
     """Adds its parser."""
     parser = new_parser(commands, "eval", "Measure a checkpoint on its own data or on other data.", _eval)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="best or last of a run, or what export wrote")
-    add_split(parser)
+    add_split(parser, None, "test, or val of data without test images")
     add_weights(parser)
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")

@@ -17,7 +17,7 @@ def add(commands: Commands) -> None:
     parser = new_parser(commands, "scenes", text, _scenes)
     parser.add_argument("folder", metavar="FOLDER", help="gets images/ and labels.csv")
     parser.add_argument("--count", type=number(int), default=100, help="how many (default: 100)")
-    add_split(parser)
+    add_split(parser, "test", "test")
     add_options(parser, ("num_classes", "image_size", "seed"))
 
 

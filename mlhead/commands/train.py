@@ -51,6 +51,18 @@ def _resolve(
     return values, origins, recipe
 
 
+def _check_used(config: TrainConfig, given: dict[str, Any], dry_run: bool) -> None:
+    """That the run uses every flag that was given."""
+    scenes = config.data == "scenes"
+    for name in _config.FOLDER_ONLY if scenes else _config.SCENES_ONLY:
+        # A dry run asks for the number of classes where the folder is not there.
+        if name in given and not (dry_run and name == "num_classes"):
+            must = "absent without --data FOLDER" if scenes else "absent with --data FOLDER: it is of the scenes"
+            usage_fail(flag(name), must, given[name])
+    if given.get("steps") is not None and "epochs" in given:
+        usage_fail("--epochs", "absent with --steps, which takes its place", given["epochs"])
+
+
 def _train(arguments: argparse.Namespace) -> int:
     from mlhead.distributed import launched
 
@@ -65,7 +77,7 @@ def _train_here(arguments: argparse.Namespace, processes: Processes) -> int:
 
     given = given_options(arguments)
     if arguments.resume is not None:
-        for name in ("config", "recipe", "dry_run"):
+        for name in ("config", "recipe", "dry_run", "overwrite"):
             if value := getattr(arguments, name):
                 usage_fail(flag(name), "absent on --resume, which goes on with the saved options", value)
         summary = training.resume(Path(arguments.resume), given)
@@ -74,6 +86,7 @@ def _train_here(arguments: argparse.Namespace, processes: Processes) -> int:
         if recipe is not None and not arguments.dry_run and "data" not in values:
             usage_fail("--data", "given with --recipe", None)
         config = TrainConfig(**values)
+        _check_used(config, given, arguments.dry_run)
         if arguments.dry_run:
             from mlhead import dry_run
 

@@ -13,11 +13,15 @@ from mlhead.data.loading import BadSample
 
 
 class Columns(NamedTuple):
-    """Which columns a table has its images and labels in, and what stands between two labels of a text."""
+    """Which columns a table has its images and labels in, and what stands between two labels of a text.
+
+    argument: the option that names the table, for errors.
+    """
 
     image: str
     labels: str
     delimiter: str
+    argument: str = "--labels"
 
 
 class Record(NamedTuple):
@@ -62,9 +66,11 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record | BadSample]:
                 split = cells[at_split].strip() if at_split is not None else None
                 yield Record(place, cells[at_image].strip(), _parts(cells[at_labels], columns.delimiter), split)
     except UnicodeDecodeError as error:
-        raise UsageError(f"--labels must be UTF-8 text, got {path} ({error})") from error
+        raise UsageError(f"{columns.argument} must be UTF-8 text, got {path} ({error})") from error
     except csv.Error as error:
-        raise UsageError(f"--labels must be a CSV file, got {path} (line {reader.line_num}: {error})") from error
+        raise UsageError(
+            f"{columns.argument} must be a CSV file, got {path} (line {reader.line_num}: {error})"
+        ) from error
 
 
 def _parts(text: str, delimiter: str) -> tuple[str, ...]:
@@ -76,7 +82,7 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Record | BadSample]:
         parquet = importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError as error:
         raise UsageError(
-            f"--labels {path} needs pyarrow, which is not installed: pip install pyarrow, or give a CSV file"
+            f"{columns.argument} {path} needs pyarrow, which is not installed: pip install pyarrow, or give a CSV file"
         ) from error
     row = 0
     try:
@@ -90,7 +96,9 @@ def _parquet(path: Path, columns: Columns) -> Iterator[Record | BadSample]:
     except UsageError:
         raise
     except (ValueError, OSError) as error:  # pyarrow's own errors are such
-        raise UsageError(f"--labels must be a parquet file, got {path} ({str(error).splitlines()[0]})") from error
+        raise UsageError(
+            f"{columns.argument} must be a parquet file, got {path} ({str(error).splitlines()[0]})"
+        ) from error
 
 
 def parquet_records(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlhead._config import flag
 from mlhead._usage import UsageError, usage_fail
 from mlhead.data import folder
 from mlhead.data.listing import ListSource, from_rows
@@ -27,7 +28,7 @@ class FolderSource(ListSource):
         root = Path(config.data)
         if config.labels is None:
             usage_fail("--labels", "given for a folder of images with a CSV", None)
-        table = _read(config, config.labels)
+        table = _read(config, "labels")
         given = folder.read_classes(Path(config.classes)) if config.classes and class_names is None else class_names
         if given is not None:
             table = folder.keep_known(table, given)
@@ -35,7 +36,7 @@ class FolderSource(ListSource):
         splits = folder.split_rows(table.rows, 0.0 if config.val_labels else config.val_fraction)
         names = given or folder.classes_of(splits["train"])
         if config.val_labels:
-            held_out = _read(config, config.val_labels)
+            held_out = _read(config, "val_labels")
             bad_data.add(held_out.bad)
             splits["val"] = held_out.rows
         # A label that only occurs outside the training rows has no output in the model: such rows are bad.
@@ -52,6 +53,8 @@ class FolderSource(ListSource):
         super().__init__(config, names, lists, needs=needs)
 
 
-def _read(config: Any, path: str) -> folder.Table:
+def _read(config: Any, option: str) -> folder.Table:
     columns = {"image_column": config.image_column, "label_column": config.label_column}
-    return folder.read_table(Path(path), Path(config.data), **columns, delimiter=config.label_delimiter)
+    path = Path(getattr(config, option))
+    options = {**columns, "delimiter": config.label_delimiter, "argument": flag(option)}
+    return folder.read_table(path, Path(config.data), **options)

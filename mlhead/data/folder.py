@@ -7,6 +7,7 @@ A parquet file has the same columns.
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import random
@@ -21,6 +22,8 @@ from mlhead._usage import UsageError, closest, require, usage_fail
 from mlhead.data._files import FolderFiles
 from mlhead.data._tables import Columns, read_records
 from mlhead.data.loading import BadSample
+
+HINTS = 20  # as many bad rows as are shown
 
 
 class Row(NamedTuple):
@@ -39,7 +42,13 @@ class Table(NamedTuple):
 
 
 def read_table(
-    path: Path, root: Path, *, image_column: str = "image", label_column: str = "labels", delimiter: str = ";"
+    path: Path,
+    root: Path,
+    *,
+    image_column: str = "image",
+    label_column: str = "labels",
+    delimiter: str = ";",
+    argument: str = "--labels",
 ) -> Table:
     """Reads a table of labels and checks every row.
 
@@ -50,6 +59,7 @@ def read_table(
         label_column: name of the column with the labels. An empty cell is an image without any label, which is allowed.
             In parquet a cell may also be a list of labels.
         delimiter: what stands between two labels of a text.
+        argument: that names the table, for errors.
 
     Returns:
         The usable rows, in file order, and one `BadSample` for each row that is not usable: a wrong number of cells, no
@@ -59,12 +69,12 @@ def read_table(
         UsageError: the file is missing, is not of its kind, or lacks a column; or pyarrow is missing.
     """
     if not path.is_file():
-        usage_fail("--labels", "an existing CSV file or parquet file", path)
+        usage_fail(argument, "an existing CSV file or parquet file", path)
     rows: list[Row] = []
     bad: list[BadSample] = []
     seen: dict[str, str] = {}
     files = FolderFiles(root)
-    for record in read_records(path, Columns(image_column, label_column, delimiter)):
+    for record in read_records(path, Columns(image_column, label_column, delimiter, argument)):
         if isinstance(record, BadSample):
             bad.append(record)
             continue
@@ -111,10 +121,13 @@ def keep_known(table: Table, class_names: Sequence[str]) -> Table:
     """Moves the rows with a label outside `class_names` to the bad ones."""
     known = set(class_names)
     rows, bad = [], list(table.bad)
+    hints: dict[str, str] = {}  # of the first unknown labels: to look for one takes long where classes are many
     for row in table.rows:
-        unknown = [label for label in row.labels if label not in known]
-        if unknown:
-            bad.append(BadSample(row.image, f"unknown label {unknown[0]!r}{closest(unknown[0], class_names)}"))
+        unknown = next((label for label in row.labels if label not in known), None)
+        if unknown is not None:
+            if unknown not in hints and len(hints) < HINTS:
+                hints[unknown] = closest(unknown, class_names)
+            bad.append(BadSample(row.image, f"unknown label {unknown!r}{hints.get(unknown, '')}"))
         else:
             rows.append(row)
     return Table(rows, bad)
@@ -145,10 +158,18 @@ def open_image(path: Path | str, mode: str, file: BinaryIO | None = None) -> Any
             return image.convert(mode)
     except FileNotFoundError:
         return BadSample(str(path), "no such file")
+    except OSError as error:
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise  # too many open files: nothing is wrong with the image
+        return _undecodable(path, error)
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others of their own on damaged files.
     except Exception as error:
-        reason = str(error).replace("\n", " ") or "no reason given"
-        return BadSample(str(path), f"cannot be decoded: {type(error).__name__}: {reason}")
+        return _undecodable(path, error)
+
+
+def _undecodable(path: Path | str, error: Exception) -> BadSample:
+    reason = str(error).replace("\n", " ") or "no reason given"
+    return BadSample(str(path), f"cannot be decoded: {type(error).__name__}: {reason}")
 
 
 @contextlib.contextmanager

@@ -1,7 +1,7 @@
 """A folder for each class: ImageNet, Stanford Cars and CIFAR-100 as images, and any set sorted by hand.
 
 ROOT/train/<class>/*.jpg with ROOT/val/<class>/*.jpg or ROOT/test/<class>/*.jpg, or both; or ROOT/<class>/*.jpg. Without
-val, --val-fraction of the training images is held out; without test, val is both. Each image has one label.
+val, --val-fraction of the training images is held out; a val without test is both. Each image has one label.
 """
 
 from __future__ import annotations

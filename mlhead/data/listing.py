@@ -287,14 +287,14 @@ class ListSource:
         """The size that the backbone was made for, or --image-size; the pixels' mean and std are the backbone's."""
         return backbone_image_spec(self._config, backbone)
 
-    def dataset(self, split: str, spec: ImageSpec) -> Dataset[Sample]:
-        """The images of a split; only "train" is augmented.
+    def dataset(self, split: str, spec: ImageSpec, *, augment: bool = True) -> Dataset[Sample]:
+        """The images of a split; only "train" is augmented, for training.
 
         Raises:
             UsageError: it has none.
         """
         listing = self._filled(split)
-        transform = training_transform(self._config, spec) if split == "train" else spec.transform()
+        transform = training_transform(self._config, spec) if split == "train" and augment else spec.transform()
         return ListImages(listing, self.class_names, transform, mode=spec.mode, seed=self._config.seed)
 
     def frequencies(self) -> Tensor:

@@ -126,13 +126,14 @@ class NUSWide:
         """The size that the backbone was made for, or --image-size; the pixels' mean and std are the backbone's."""
         return backbone_image_spec(self._config, backbone)
 
-    def dataset(self, split: str, spec: ImageSpec) -> Dataset[Sample]:
+    def dataset(self, split: str, spec: ImageSpec, *, augment: bool = True) -> Dataset[Sample]:
         """The images of a split.
 
         Args:
             split: "train", augmented, and "val", with the seen classes alone (`num_seen` of them); "test" (every test
                 image) and "zsl" (those with an unseen label), with all classes.
             spec: what images look like to the model.
+            augment: whether "train" is for training.
 
         Raises:
             UsageError: there is no such split, or no image in it.
@@ -148,7 +149,7 @@ class NUSWide:
                 "zsl": "--data must have at least one usable image with an unseen label (val in data.csv)",
             }
             raise UsageError(f"{needs[split]}, got none")
-        transform = training_transform(self._config, spec) if split == "train" else spec.transform()
+        transform = training_transform(self._config, spec) if split == "train" and augment else spec.transform()
         names = self.class_names[: self.num_seen] if split in ("train", "val") else self.class_names
         return ListImages(listing, names, transform, mode=spec.mode, seed=self._config.seed)
 

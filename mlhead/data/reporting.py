@@ -18,7 +18,8 @@ class BadDataLog:
         policy: "skip" goes on without the bad items after reporting them; "error" raises at the first.
         say: where a line for the user goes.
         file: a text file that gets every item, name, tab, reason, from `begin` on; None for none.
-        goes_on: whether what is in the file already counts.
+        goes_on: whether what is in the file already counts; it is not written again, and of the policy "error" still
+            an error.
         shown: how many are shown to the user before only the count goes on.
     """
 
@@ -33,10 +34,13 @@ class BadDataLog:
     ) -> None:
         self.policy, self.say, self.file, self.shown = policy, say, file, shown
         self.names: dict[str, str] = {}
+        self._listed: dict[str, str] = {}
         self._waiting: list[BadSample] | None = []  # for the file, until `begin`
         if goes_on and file is not None and file.is_file():
             lines = file.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
-            self.names = dict(line.split("\t", 1) for line in lines if "\t" in line)
+            self._listed = dict(line.split("\t", 1) for line in lines if "\t" in line)
+            if policy != "error":
+                self.names = dict(self._listed)
 
     def begin(self) -> None:
         """Writes the file; before, nothing of an earlier run is touched."""
@@ -48,7 +52,8 @@ class BadDataLog:
         if self.file is not None:
             # Names of files need not be UTF-8, and those in JSON may be no text at all.
             with self.file.open("ab") as out:
-                out.writelines(_bytes(f"{item.name}\t{item.reason}\n") for item in items)
+                new = (item for item in items if item.name not in self._listed)
+                out.writelines(_bytes(f"{item.name}\t{item.reason}\n") for item in new)
 
     def add(self, items: Iterable[BadSample]) -> None:
         """Reports items not seen before.

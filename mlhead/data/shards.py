@@ -31,6 +31,7 @@ from mlhead.data.listing import ImageList, ListSource, Names
 from mlhead.data.loading import BadSample
 from mlhead.data.reporting import BadDataLog
 
+MOST_CLASSES = 100_000_000  # numbered ones, each of which gets a name
 SPLIT_FOLDERS = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": "test"}
 _SPLIT_WORD = re.compile(r"(?:^|[-_.])(train|val|valid|validation|test)(?=[-_.])")
 _NUMBERED = re.compile(r"(.*?)(\d+)\.tar")
@@ -122,8 +123,8 @@ def _missing(paths: Sequence[Path]) -> list[BadSample]:
 def open_tar(config: Any, bad_data: BadDataLog, class_names: list[str] | None = None) -> ListSource:
     """The source of a folder of shards.
 
-    Where there is no test split, val is both. The index of a shard is kept beside it as `<shard>.index.npz`, or in the
-    folder shard_index of the run where that cannot be written.
+    Where there are val shards and no test shards, val is both. The index of a shard is kept beside it as
+    `<shard>.index.npz`, or in the folder shard_index of the run where that cannot be written.
 
     Args:
         config: the options of a run; `data`, `classes`, `label_delimiter`, `val_fraction` and `out` are used, and those
@@ -181,6 +182,8 @@ def _classes(root: Path, indexes: Iterable[ShardIndex]) -> list[str]:
         usage_fail("--data", "shards whose labels are all names or all numbers (or give --classes)", got)
     if not labels:
         raise UsageError(f"--data must be shards with at least one label in training, got none in {root}")
+    if not names and max(numbers) >= MOST_CLASSES:
+        usage_fail("--data", f"shards whose labels are below {MOST_CLASSES:,} (or give --classes)", max(numbers))
     return sorted(names) or [str(number) for number in range(max(numbers) + 1)]
 
 

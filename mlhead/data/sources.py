@@ -125,8 +125,8 @@ class SceneSource:
         """What the scenes look like; whatever the backbone was trained on."""
         return ImageSpec(1, self._size, self._size, [MEAN], [STD])
 
-    def dataset(self, split: str, spec: ImageSpec) -> Scenes:
-        """The scenes of a split; a test epoch is as long as a validation epoch."""
+    def dataset(self, split: str, spec: ImageSpec, *, augment: bool = True) -> Scenes:
+        """The scenes of a split, which are not augmented; a test epoch is as long as a validation epoch."""
         return self._scenes(split, self._size)
 
     def frequencies(self) -> Tensor:
@@ -154,9 +154,9 @@ def backbone_image_spec(config: Any, backbone: nn.Module) -> ImageSpec:
 
 def training_transform(config: Any, spec: ImageSpec) -> Callable[[Any], Tensor]:
     """From a PIL image to an augmented tensor, by --crop-scale and the options after it."""
-    create = require("timm.data", "Augmentation").create_transform
+    timm_data = require("timm.data", "Augmentation")
     try:
-        transform = create(
+        transform = timm_data.create_transform(
             input_size=(spec.channels, spec.height, spec.width),
             is_training=True,
             scale=(config.crop_scale, 1.0),
@@ -169,6 +169,10 @@ def training_transform(config: Any, spec: ImageSpec) -> Callable[[Any], Tensor]:
             re_prob=config.random_erasing,
             re_mode="pixel",
         )
+        if config.crop_scale == 1.0:
+            # Random proportions would still cut away a part of every image that is not square.
+            size, mode = (spec.height, spec.width), timm_data.str_to_interp_mode(spec.interpolation)
+            transform.transforms[0] = require("torchvision.transforms", "--crop-scale 1").Resize(size, mode)
     except (AssertionError, ValueError) as error:
         if config.auto_augment is None:
             raise
@@ -204,8 +208,11 @@ class Source(Protocol):
     def image_spec(self, backbone: nn.Module) -> ImageSpec:
         """What images look like to the model."""
 
-    def dataset(self, split: str, spec: ImageSpec) -> Dataset[Sample]:
-        """The images of "train", "val" or "test"; only those of "test" have labels that are not seen."""
+    def dataset(self, split: str, spec: ImageSpec, *, augment: bool = True) -> Dataset[Sample]:
+        """The images of "train", "val" or "test"; only those of "test" have labels that are not seen.
+
+        Those of "train" are augmented, unless it is not to train on them.
+        """
 
     def frequencies(self) -> Tensor:
         """For each seen class (num_seen,) how often an image has it."""

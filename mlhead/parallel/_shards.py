@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from .. import _check
 from ..ops import SparseTargets
-from ..ops.topk import merge_topk
+from ..ops.topk import first_largest
 from . import _targets
 from ._moves import (
     AllColumns,
@@ -158,11 +158,11 @@ class ClassShards:
                 all_rows(t, self.group).unflatten(0, (self.devices, -1)).transpose(0, 1).flatten(1, 2)
                 for t in (scores, classes)
             )
-        best = None
-        for s, c in zip(scores.split(k, 1), classes.split(k, 1), strict=True):
-            best = merge_topk(best, (s, c), k)
-        assert best is not None
-        return best
+        # Where a device has fewer classes, what fills its part goes to the right: a real score may be -inf too.
+        order = torch.argsort((classes < 0).to(torch.uint8), dim=1, stable=True)
+        scores, classes = scores.gather(1, order), classes.gather(1, order)
+        best, columns = first_largest(scores, k)
+        return best, classes.gather(1, columns)
 
     def rows(self, parameter: Tensor, dim: int, indices: Tensor) -> Tensor:
         """Chosen classes of a parameter that is sharded over axis `dim`, on every device and without a gradient."""
