@@ -98,8 +98,8 @@ void class_loss_gradient_cpu(const Tensor& z, const std::optional<Tensor>& bias,
   void* const rows = row_loss.has_value() ? call.written("row_loss", *row_loss, z, "(b,)", {call.B}) : nullptr;
   const void* const stats =
       statistics.has_value() ? call.written("statistics", *statistics, z, "(b, 4)", {call.B, 4}) : nullptr;
-  if ((options.loss == Loss::softmax) != (stats != nullptr))
-    fail(where, "statistics", "given for softmax and only there", stats ? "a tensor" : "none");
+  if ((options.loss == Loss::softmax) != statistics.has_value())
+    fail(where, "statistics", "given for softmax and only there", statistics.has_value() ? "a tensor" : "none");
   if (dout.has_value()) {
     const void* const d = call.scalar("dout", *dout, z);
     factor *= call.dtype == Dtype::f64 ? *static_cast<const double*>(d) : double(*static_cast<const float*>(d));

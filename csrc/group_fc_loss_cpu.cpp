@@ -334,10 +334,9 @@ void group_fc_loss_pass_cpu(const Tensor& h, const Tensor& weight, const std::op
   const bool softmax = pass.options.loss == Loss::softmax;
   if (statistics.has_value()) pass.statistics = call.written("statistics", *statistics, h, "(B, 4)", {f.B, 4});
   const bool gradients = pass.dh || pass.dweight || pass.dbias;
-  pass.kind = gradients                     ? Pass::Kind::gradients
-              : softmax && !pass.statistics ? Pass::Kind::statistics
-                                            : Pass::Kind::loss;
-  if (gradients && softmax && !pass.statistics) fail(where, "statistics", "given for softmax's gradients", "none");
+  const bool given = statistics.has_value();  // those of an empty batch have no address
+  pass.kind = gradients ? Pass::Kind::gradients : softmax && !given ? Pass::Kind::statistics : Pass::Kind::loss;
+  if (gradients && softmax && !given) fail(where, "statistics", "given for softmax's gradients", "none");
   const Shape shape = pass.kind == Pass::Kind::statistics ? Shape{f.B, 4} : Shape{f.B};
   void* const to = call.written("rows", rows, h, "(B,) or (B, 4)", shape);
   switch (f.dtype) {

@@ -132,7 +132,7 @@ def _init_backbone(model: HeadedModel, path: Path) -> None:
 def build_loss(config: TrainConfig) -> nn.Module:
     """The loss that --loss names."""
     kind = LOSSES[config.loss]
-    _check_names(config.loss_opt, kind, "--loss-opt", f"loss {config.loss}", without=("pos_weight",))
+    _check_names(config.loss_opt, kind, "--loss-opt", f"loss {config.loss}", without=("pos_weight", "class_weight"))
     if config.loss_opt.get("reduction", "mean") not in ("mean", "sum"):
         usage_fail("--loss-opt reduction", "mean or sum", repr(config.loss_opt["reduction"]))
     try:

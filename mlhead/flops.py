@@ -63,7 +63,7 @@ def _csra_loss_backward(dout: Shape, x: Shape, weight: Shape, bias: Any, *rest: 
     return _products_of_loss(rest[11], rest[21]) * _csra_pool(x, weight)
 
 
-def _group_fc_topk(h: Shape, weight: Shape, bias: Any, num_classes: int, *_: Any, **__: Any) -> int:
+def _group_fc_topk(h: Shape, weight: Shape, bias: Any, k: int, num_classes: int, *_: Any, **__: Any) -> int:
     return _group_fc(h, weight, bias, num_classes, "")
 
 

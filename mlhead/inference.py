@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from mlhead import building, visualize
 from mlhead._config import TrainConfig
 from mlhead._progress import Progress
-from mlhead._usage import UsageError, require, usage_fail
+from mlhead._usage import UsageError, closest, require, usage_fail
 from mlhead.backbones import HeadedModel
 from mlhead.checkpoints import CheckpointError, damaged, load_checkpoint, not_written, replace_atomically
 from mlhead.data.folder import open_image
@@ -209,28 +209,62 @@ def _images(
 
 
 @torch.no_grad()
-def predict_tensor(loaded: Loaded, image: Tensor, *, top: int = 5, threshold: float = 0.5) -> Prediction:
-    """The classes of one normalised image (channels, H, W): those at or above the threshold, at most `top`.
+def predict_tensor(
+    loaded: Loaded, image: Tensor, *, top: int = 5, threshold: float = 0.5, names: Sequence[str] | None = None
+) -> Prediction:
+    """The classes of one normalised image: those at or above the threshold, at most `top`, and at least the best one.
 
-    At least one class is returned, the best, so that the picture always has something to show.
+    Args:
+        loaded: the model.
+        image: (channels, H, W).
+        top: most classes.
+        threshold: lowest probability.
+        names: the classes to show in the place of these, in this order.
+
+    Raises:
+        UsageError: the model has no class of that name.
     """
+    if names is not None:
+        chosen = torch.tensor(_classes(loaded, names), device=loaded.device)
     images = image.unsqueeze(0).to(loaded.device)
     features = loaded.model.forward_features(images)
     logits = building.scores_as_logits(loaded.config, loaded.model.head(features).float())
-    best, classes = logits[0].topk(min(top, len(loaded.class_names)))  # sigmoids of high logits are all 1
+    if names is None:
+        best, classes = logits[0].topk(min(top, len(loaded.class_names)))  # sigmoids of high logits are all 1
+        count = max(1, int((best.sigmoid() >= threshold).sum()))
+        best, classes = best[:count], classes[:count]
+    else:
+        best, classes = logits[0, chosen], chosen
     scores = best.sigmoid()
-    count = max(1, int((scores >= threshold).sum()))
-    scores, classes = scores[:count], classes[:count]
     attention = loaded.model.head.attention_maps(features, classes)[0]  # type: ignore[operator]
     picture = loaded.image_spec.to_picture(image)
     heats = visualize.heat_maps(attention, features, *picture.shape[:2])
     return Prediction(picture, [loaded.class_names[c] for c in classes.tolist()], scores.tolist(), heats)
 
 
+def _classes(loaded: Loaded, names: Sequence[str]) -> list[int]:
+    """The numbers of the classes of some names."""
+    number_of = {name: number for number, name in enumerate(loaded.class_names)}
+    for name in names:
+        if name not in number_of:
+            usage_fail("--label", "a class of the model", repr(name) + closest(name, loaded.class_names))
+    return [number_of[name] for name in names]
+
+
 def predict_files(
-    loaded: Loaded, paths: Sequence[Path], *, top: int = 5, threshold: float = 0.5
+    loaded: Loaded,
+    paths: Sequence[Path],
+    *,
+    top: int = 5,
+    threshold: float = 0.5,
+    names: Sequence[str] | None = None,
 ) -> list[Prediction | BadSample]:
-    """Predictions for image files, in order; a file that cannot be read gives a `BadSample` with the reason."""
+    """Predictions for image files, in order; a file that cannot be read gives a `BadSample` with the reason.
+
+    Arguments and errors are those of `predict_tensor`.
+    """
+    if names is not None:
+        _classes(loaded, names)
     transform = loaded.image_spec.transform()
     results: list[Prediction | BadSample] = []
     for path in paths:
@@ -238,7 +272,7 @@ def predict_files(
         if isinstance(image, BadSample):
             results.append(image)
         else:
-            results.append(predict_tensor(loaded, transform(image), top=top, threshold=threshold))
+            results.append(predict_tensor(loaded, transform(image), top=top, threshold=threshold, names=names))
     return results
 
 

@@ -23,7 +23,7 @@ class HeadMemory:
         gradients: Theirs; only the bias's where the update is fused.
         optimizer: The state of the optimizer.
         features: h and its gradient; of a head over several devices also those of what is here.
-        logits: Logits, their gradient and a dense target in fp32; 0 with the loss in the head.
+        logits: Logits, their gradient, a dense target in fp32 and the loss's own; 0 with the loss in the head.
         scratch: The most that the blocks of the loss in the head take.
         casts: Under autocast what is for a moment in its dtype: the copies of weights and h, or their gradients.
     """
@@ -65,7 +65,9 @@ def head_memory(
 
     weights   s (G E J + C)                          gradients  the same, or s C with a fused update
     optimizer k (G E J + C) numbers                  features   2 s B G E
-    logits    B C (2 s + 12) without the loss in the head, for eager BCE (ASL takes more); else 0
+    logits    0; without the loss in the head, for eager BCE of dense fp32 targets (ASL takes more), in fp32 12 B C
+              beside the gradients, or if that is more the 16 B C that the loss itself takes before there are any;
+              in 16 bits 2 B C more
     casts     under autocast with s_a bytes a number s_a (G E J + C + B G E), if s_a differs from s
 
     Temporaries of an optimizer of torch.optim are not counted: `torch.optim.AdamW` on a CPU takes two more tensors of
@@ -123,7 +125,7 @@ def head_memory(
     if fused_update and devices > 1:
         _check.fail(where, "fused_update", "False with several devices", fused_update)
     s, J = dtype.itemsize, -(-num_classes // groups)
-    features, logits = 2 * s * batch * groups * width, 0 if loss_in_head else batch * num_classes * (2 * s + 3 * 4)
+    features, elements = 2 * s * batch * groups * width, 0 if loss_in_head else batch * num_classes
     images = batch * devices if own_images else batch
     if devices > 1:
         if groups > 1:
@@ -132,7 +134,6 @@ def head_memory(
         else:
             num_classes = J = -(-num_classes // devices)
         features += 2 * s * images * groups * width
-        logits += 0 if loss_in_head else 2 * s * images * num_classes
     matrix = groups * width * J
     state_bytes = 4 if fused_update else s
     state = STATES[optimizer] * (matrix + num_classes) * state_bytes
@@ -146,6 +147,13 @@ def head_memory(
     if fused_update:
         scratch += BYTES_OF_A_NUMBER * block_numbers(matrix, device)
     gradients = num_classes if fused_update else matrix + num_classes
+    # Arithmetic in fp32 or wider: logits, target and gradient; one more while the loss is made, before the weight has a
+    # gradient. 16-bit logits are there beside their copy.
+    wide = max(s, 4)
+    given = s if s < wide else 0
+    logits = max(elements * (3 * wide + given), elements * (4 * wide + given) - s * gradients)
+    if devices > 1 and not loss_in_head:
+        logits += 2 * s * images * num_classes
     casts = 0
     if autocast is not None and autocast != dtype and dtype != torch.float64:  # which autocast leaves alone
         casts = autocast.itemsize * (matrix + num_classes + features // (2 * s))

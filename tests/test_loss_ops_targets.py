@@ -24,6 +24,8 @@ def test_every_form_of_sparse_targets() -> None:
     assert torch.equal(sparse.to_dense().bool(), y)
     assert torch.equal(SparseTargets.from_dense(y).indices, sparse.indices)
     csr = SparseTargets.from_csr(y.float().to_sparse_csr())
+    for dtype in (torch.bool, torch.int64):
+        assert torch.equal(SparseTargets.from_csr(y.to(dtype).to_sparse_csr()).to_dense(), csr.to_dense())
     assert torch.equal(csr.to_dense().bool(), y)
     assert torch.equal(sparse.rows(), rows)
     leaves = make_head()
@@ -75,7 +77,7 @@ WRONG: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: _dense([[1.0]], ignore=torch.ones(1, 2) > 0), ValueError, r"ignore must be .* = \(1, 1\), got \(1, 2\)"),
     (lambda: _csr(torch.tensor([[2.0]])), ValueError, "SparseTargets: targets.values must be .*got 2.0 in row 0"),
     (lambda: _csr(torch.ones(2, 1, 1)), ValueError, r"targets must be \(B, C\), got \(2, 1, 1\)"),
-    (lambda: _csr(torch.ones(1, 1).long()), TypeError, "targets.values must be of a floating dtype, got torch.int64"),
+    (lambda: _csr(torch.tensor([[2]])), ValueError, "SparseTargets: targets.values must be .*got 2.0 in row 0"),
     (lambda: SparseTargets.from_csr(torch.eye(2)), TypeError, "a torch.sparse_csr tensor .*, got torch.strided"),
     (lambda: SparseTargets.from_csr([[1]]), TypeError, "a torch.sparse_csr tensor .*, got list"),
 ]

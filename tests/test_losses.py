@@ -468,6 +468,7 @@ def test_options_are_keywords_of_the_ops() -> None:
     assert BinaryCrossEntropy(pos_weight=weight, label_smoothing=0.1).options() == {
         "loss": "bce",
         "reduction": "mean",
+        "class_weight": None,
         "pos_weight": weight,
         "label_smoothing": 0.1,
     }
@@ -475,6 +476,7 @@ def test_options_are_keywords_of_the_ops() -> None:
     assert asl == {
         "loss": "asl",
         "reduction": "sum",
+        "class_weight": None,
         "gamma_neg": 3,
         "gamma_pos": 1,
         "margin": 0.1,
@@ -482,7 +484,7 @@ def test_options_are_keywords_of_the_ops() -> None:
         "detach_focal": False,
     }
     softmax = SoftmaxCrossEntropy(label_smoothing=0.2).options()
-    assert softmax == {"loss": "softmax", "reduction": "mean", "label_smoothing": 0.2}
+    assert softmax == {"loss": "softmax", "reduction": "mean", "class_weight": None, "label_smoothing": 0.2}
     for kind in (BinaryCrossEntropy, AsymmetricLoss, SoftmaxCrossEntropy):
         with pytest.raises(ValueError, match=f"{kind.__name__}: reduction must be 'mean' or 'sum' for a loss in the"):
             kind(reduction="none").options()

@@ -80,6 +80,20 @@ def test_predictions_are_ranked_by_logits(tmp_path, loss):
     assert found.names == [loaded.class_names[c] for c in (1, 2, 3, 0)]
 
 
+def test_predictions_of_chosen_classes(tmp_path, capsys):
+    from PIL import Image
+
+    run(tmp_path, steps=1, head="gap", num_classes=10)
+    Image.new("L", (40, 40), 90).save(tmp_path / "a.png")
+    shown = ["--out", str(tmp_path / "out"), "--device", "cpu"]
+    command = ["predict", str(tmp_path / "last.pt"), str(tmp_path / "a.png"), *shown]
+    assert cli.main([*command, "--label", "7", "--label", "2", "--top", "1"]) == 0
+    assert [part.split()[0] for part in capsys.readouterr().out.split(": ")[1].split(", ")] == ["7", "2"]
+    assert (tmp_path / "out/a.png").is_file()
+    assert cli.main([*command, "--label", "77"]) == 2
+    assert "--label must be a class of the model, got '77'" in capsys.readouterr().err
+
+
 # What an earlier run has left
 
 

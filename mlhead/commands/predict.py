@@ -21,6 +21,8 @@ def add(commands: Commands) -> None:
     parser.add_argument("--top", type=number(int), default=5, help="most classes per image (default: 5)")
     shown = "lowest probability that is shown; the best class always is (default: 0.5)"
     parser.add_argument("--threshold", type=number(float), default=0.5, help=shown)
+    labels = "a class to show in the place of those that are found, whatever its score; may be repeated"
+    parser.add_argument("--label", metavar="NAME", action="append", help=labels)
     add_weights(parser)
     add_device(parser)
 
@@ -39,7 +41,8 @@ def _predict(arguments: argparse.Namespace) -> int:
         if not path.is_file():
             usage_fail("IMAGE", "an existing image file", path)
     loaded = inference.load_model(checkpoint, device=arguments.device, weights=arguments.weights)
-    results = inference.predict_files(loaded, paths, top=arguments.top, threshold=arguments.threshold)
+    options = {"top": arguments.top, "threshold": arguments.threshold, "names": arguments.label}
+    results = inference.predict_files(loaded, paths, **options)
     out, taken, failed = Path(arguments.out), set[str](), 0
     for path, result in zip(paths, results, strict=True):
         if isinstance(result, BadSample):

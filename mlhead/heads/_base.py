@@ -28,6 +28,9 @@ class Head(nn.Module, ABC):
     The loss is a scalar, `head.loss` of the logits and the targets; the logits, their gradient and, for sparse targets,
     a dense target never exist. It works in training and in evaluation, with gradients and without.
 
+    Under autocast logits have autocast's dtype, as those of `nn.Linear` do, and the loss is fp32; in fp64 nothing is
+    cast. Attention maps have autocast's dtype too, but for `GAPHead`, whose maps are fp32.
+
     Args:
         in_features: D, the width of the features.
         num_classes: C.

@@ -14,7 +14,7 @@ from .. import _check
 from ..ops import SparseTargets, csra_attention, csra_loss, csra_pool
 from ..ops._loss_options import Targets
 from ..ops._loss_update import Update
-from ..ops.topk import first_largest
+from ..ops.topk import first_largest, merge_topk
 from ._base import Head, best_classes, factory, linear_init
 
 # Temperatures by number of heads; the paper's last head always takes the maximum.
@@ -25,6 +25,8 @@ TEMPERATURES: dict[int, tuple[float, ...]] = {
     6: (1.0, 2.0, 3.0, 4.0, 5.0, math.inf),
     8: (1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, math.inf),
 }
+
+TOPK_LOGITS = 1 << 22  # that exist at a time for the best classes
 
 # What the logits are made of: the mean of the scores and their attention-weighted mean, or one of the two.
 POOLINGS = ("both", "average", "spatial")
@@ -220,8 +222,16 @@ class CSRAHead(Head):
 
     def _topk(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         self._check_features(features, self.weight)
-        logits = csra_pool(*self._inputs(features), **self._pooling())
-        return best_classes(first_largest, (logits,), k)
+        x, weight, bias = self._inputs(features)
+        best, C = None, weight.shape[1]
+        step = max(k, TOPK_LOGITS // max(1, len(x)), 1)
+        for first in range(0, max(C, 1), step):
+            part = slice(first, first + step)
+            logits = csra_pool(x, weight[:, part], None if bias is None else bias[:, part], **self._pooling())
+            scores, classes = best_classes(first_largest, (logits,), min(k, logits.shape[1]))
+            best = merge_topk(best, (scores, classes + first), k)
+        assert best is not None
+        return best
 
     def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
         """The attention softmax_l(T s) of the chosen classes, averaged over the heads.

@@ -38,6 +38,16 @@ def _check_device(where: str, argument: str, tensor: Tensor, z: Tensor) -> None:
         _check.fail(where, argument, f"on {z.device} like logits", tensor.device)
 
 
+def _of_classes(where: str, argument: str, weight: Tensor | None, z: Tensor) -> Tensor | None:
+    """A weight (C,) of classes, checked, in the dtype of the arithmetic."""
+    if weight is None:
+        return None
+    _check.check_tensor(where, argument, weight)
+    _check.check_shape(where, argument, weight, "(C,)", z.shape[1:])
+    _check_device(where, argument, weight, z)
+    return weight.to(z.dtype)
+
+
 def _finish(where: str, loss: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
     """Weights, then the reduction; a mean over nothing is 0, so that an empty batch does no harm."""
     if weight is not None:
@@ -62,18 +72,21 @@ def binary_cross_entropy(
     targets: Tensor,
     *,
     pos_weight: Tensor | None = None,
+    class_weight: Tensor | None = None,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Binary cross-entropy of every class on its own.
 
-    loss[b, c] = -( pos_weight[c] * y log p + (1 - y) log(1 - p) ) * weight    with p = sigmoid(logits[b, c])
+    loss[b, c] = -( pos_weight[c] y log p + (1 - y) log(1 - p) ) * class_weight[c] * weight
+    with p = sigmoid(logits[b, c])
 
     Args:
         logits: (B, C), any floating dtype.
         targets: y (B, C) in [0, 1], bool, integer or floating.
         pos_weight: (C,), what a positive of each class counts, or None.
+        class_weight: (C,), what each class counts, or None.
         weight: (B,) per sample or (B, C) per element, or None.
         label_smoothing: s in [0, 1): y becomes y (1 - s) + s / 2.
         reduction: "none" gives (B, C); "sum" the sum; "mean" the sum divided by B * C, whatever the weights.
@@ -92,13 +105,10 @@ def binary_cross_entropy(
     z = _prepare(where, logits, reduction)
     _check.check_probability(where, "label_smoothing", label_smoothing)
     y = _dense_targets(where, targets, z, label_smoothing)
-    if pos_weight is not None:
-        _check.check_tensor(where, "pos_weight", pos_weight)
-        _check.check_shape(where, "pos_weight", pos_weight, "(C,)", z.shape[1:])
-        _check_device(where, "pos_weight", pos_weight, z)
-        pos_weight = pos_weight.to(z.dtype)
+    pos_weight = _of_classes(where, "pos_weight", pos_weight, z)
+    class_weight = _of_classes(where, "class_weight", class_weight, z)
     loss = F.binary_cross_entropy_with_logits(z, y, pos_weight=pos_weight, reduction="none")
-    return _finish(where, loss, weight, reduction)
+    return _finish(where, loss if class_weight is None else loss * class_weight, weight, reduction)
 
 
 def asymmetric_loss(
@@ -110,12 +120,13 @@ def asymmetric_loss(
     margin: float = 0.05,
     eps: float = 1e-8,
     detach_focal: bool = True,
+    class_weight: Tensor | None = None,
     weight: Tensor | None = None,
     reduction: str = "mean",
 ) -> Tensor:
     """Asymmetric loss (ASL): focal weights of their own for positives and negatives, easy negatives dropped.
 
-    loss[b, c] = -( y (1 - p)^gamma_pos log p + (1 - y) (1 - pm)^gamma_neg log pm ) * weight
+    loss[b, c] = -( y (1 - p)^gamma_pos log p + (1 - y) (1 - pm)^gamma_neg log pm ) * class_weight[c] * weight
     with p = sigmoid(logits[b, c]) and pm = min(1 - p + margin, 1)
 
     Args:
@@ -127,6 +138,7 @@ def asymmetric_loss(
         eps: Both logarithms are clamped to at least log(eps).
         detach_focal: Whether the focal weights are constants in backward. True, the default, is what the published
             ML-Decoder and ASL training scripts do; False is the gradient of the formula.
+        class_weight: (C,), what each class counts, or None.
         weight: (B,) per sample or (B, C) per element, or None.
         reduction: "none" gives (B, C); "sum" the sum, which is what the published scripts use (with a learning rate
             to match); "mean" the sum divided by B * C.
@@ -149,6 +161,7 @@ def asymmetric_loss(
     z = _prepare(where, logits, reduction)
     check_asl(where, gamma_neg, gamma_pos, margin, eps)
     y = _dense_targets(where, targets, z, 0.0)
+    class_weight = _of_classes(where, "class_weight", class_weight, z)
 
     below = z < 0
     small = torch.sigmoid(torch.where(below, z, -z))  # of p and q = 1 - p the smaller, so that no gradient cancels
@@ -162,7 +175,8 @@ def asymmetric_loss(
         positive = positive * _focal(q, gamma_pos, detach_focal)
     if gamma_neg > 0:
         negative = negative * _focal(base, gamma_neg, detach_focal)
-    return _finish(where, -(y * positive + (1.0 - y) * negative), weight, reduction)
+    loss = -(y * positive + (1.0 - y) * negative)
+    return _finish(where, loss if class_weight is None else loss * class_weight, weight, reduction)
 
 
 def _focal(base: Tensor, gamma: float, detach: bool) -> Tensor:
@@ -178,18 +192,20 @@ def softmax_cross_entropy(
     logits: Tensor,
     targets: Tensor,
     *,
+    class_weight: Tensor | None = None,
     weight: Tensor | None = None,
     label_smoothing: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Cross-entropy of one softmax over all classes.
 
-    loss[b] = -sum_c y[b, c] log softmax(logits[b])[c] * weight[b]
+    loss[b] = -sum_c class_weight[c] y[b, c] log softmax(logits[b])[c] * weight[b]
 
     Args:
         logits: (B, C), any floating dtype.
         targets: Class indices (B,), integer, in [0, C); or probabilities y (B, C), floating, in [0, 1], whose rows are
             taken as they are, whatever they sum to. No index is special: there is no ignore_index.
+        class_weight: (C,), what each class counts, or None.
         weight: (B,) per sample, or None.
         label_smoothing: s in [0, 1): y becomes y (1 - s) + s / C.
         reduction: "none" gives (B,); "sum" the sum; "mean" the sum divided by B, whatever the weights.
@@ -207,6 +223,9 @@ def softmax_cross_entropy(
     if not isinstance(targets, Tensor):
         _check.fail(where, "targets", "a torch.Tensor", type(targets).__name__, TypeError)
     log_p = F.log_softmax(z, dim=1)
+    class_weight = _of_classes(where, "class_weight", class_weight, z)
+    if class_weight is not None:
+        log_p = log_p * class_weight
     if targets.is_floating_point():
         loss = -(_dense_targets(where, targets, z, 0.0) * log_p).sum(1)
     else:

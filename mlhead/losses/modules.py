@@ -13,11 +13,20 @@ from .functional import REDUCTIONS, asymmetric_loss, binary_cross_entropy, softm
 
 class _Loss(nn.Module):
     _kind: str
+    class_weight: Tensor | None
 
-    def __init__(self, reduction: str) -> None:
+    def __init__(self, reduction: str, class_weight: Tensor | None) -> None:
         super().__init__()
         _check.check_choice(type(self).__name__, "reduction", reduction, REDUCTIONS)
         self.reduction = reduction
+        self._register_weight("class_weight", class_weight)
+
+    def _register_weight(self, name: str, weight: Tensor | None) -> None:
+        """A weight of each class as a buffer that moves with the loss and is in no state dict."""
+        if weight is not None:
+            _check.check_tensor(type(self).__name__, name, weight)
+            _check.check_ndim(type(self).__name__, name, weight, "(C,)")
+        self.register_buffer(name, weight, persistent=False)
 
     def options(self) -> dict[str, Any]:
         """The same loss as keywords of `group_fc_loss`, `csra_loss` and `linear_loss`.
@@ -27,35 +36,37 @@ class _Loss(nn.Module):
         """
         if self.reduction == "none":
             _check.fail(type(self).__name__, "reduction", "'mean' or 'sum' for a loss in the head", "'none'")
-        return {"loss": self._kind, "reduction": self.reduction}
+        return {"loss": self._kind, "reduction": self.reduction, "class_weight": self.class_weight}
 
 
 class BinaryCrossEntropy(_Loss):
-    """`binary_cross_entropy` as a module; `pos_weight` is a buffer that moves with it and is in no state dict.
+    """`binary_cross_entropy` as a module; the weights are buffers that move with it and are in no state dict.
 
     Args:
         pos_weight: (C,), or None.
+        class_weight: (C,), or None.
         label_smoothing: s in [0, 1).
         reduction: "none", "mean" (over B * C) or "sum".
 
     Raises:
-        ValueError: There is no such reduction, `pos_weight` is not (C,), or `label_smoothing` not in [0, 1).
-        TypeError: `pos_weight` is no floating tensor, or `label_smoothing` no number.
+        ValueError: There is no such reduction, a weight is not (C,), or `label_smoothing` not in [0, 1).
+        TypeError: A weight is no floating tensor, or `label_smoothing` no number.
     """
 
     _kind = "bce"
     pos_weight: Tensor | None
 
     def __init__(
-        self, *, pos_weight: Tensor | None = None, label_smoothing: float = 0.0, reduction: str = "mean"
+        self,
+        *,
+        pos_weight: Tensor | None = None,
+        class_weight: Tensor | None = None,
+        label_smoothing: float = 0.0,
+        reduction: str = "mean",
     ) -> None:
-        super().__init__(reduction)
-        where = type(self).__name__
-        if pos_weight is not None:
-            _check.check_tensor(where, "pos_weight", pos_weight)
-            _check.check_ndim(where, "pos_weight", pos_weight, "(C,)")
-        _check.check_probability(where, "label_smoothing", label_smoothing)
-        self.register_buffer("pos_weight", pos_weight, persistent=False)
+        super().__init__(reduction, class_weight)
+        _check.check_probability(type(self).__name__, "label_smoothing", label_smoothing)
+        self._register_weight("pos_weight", pos_weight)
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -64,6 +75,7 @@ class BinaryCrossEntropy(_Loss):
             logits,
             targets,
             pos_weight=self.pos_weight,
+            class_weight=self.class_weight,
             weight=weight,
             label_smoothing=self.label_smoothing,
             reduction=self.reduction,
@@ -92,11 +104,14 @@ class AsymmetricLoss(_Loss):
         eps: The logarithms are clamped to at least log(eps).
         detach_focal: Whether the focal weights are constants in backward; True, the default, as in the published
             training scripts.
+        class_weight: (C,), a buffer that is in no state dict, or None.
         reduction: "none", "mean" (over B * C) or "sum".
 
     Raises:
-        ValueError: There is no such reduction, or a number is out of its range; the message names it.
-        TypeError: One of `gamma_neg`, `gamma_pos`, `margin` and `eps` is no number.
+        ValueError: There is no such reduction, a number is out of its range, or `class_weight` is not (C,); the message
+            names it.
+        TypeError: One of `gamma_neg`, `gamma_pos`, `margin` and `eps` is no number, or `class_weight` no floating
+            tensor.
     """
 
     _kind = "asl"
@@ -109,9 +124,10 @@ class AsymmetricLoss(_Loss):
         margin: float = 0.05,
         eps: float = 1e-8,
         detach_focal: bool = True,
+        class_weight: Tensor | None = None,
         reduction: str = "mean",
     ) -> None:
-        super().__init__(reduction)
+        super().__init__(reduction, class_weight)
         check_asl(type(self).__name__, gamma_neg, gamma_pos, margin, eps)
         self.gamma_neg, self.gamma_pos, self.margin, self.eps = gamma_neg, gamma_pos, margin, eps
         self.detach_focal = detach_focal
@@ -126,6 +142,7 @@ class AsymmetricLoss(_Loss):
             margin=self.margin,
             eps=self.eps,
             detach_focal=self.detach_focal,
+            class_weight=self.class_weight,
             weight=weight,
             reduction=self.reduction,
         )
@@ -151,25 +168,33 @@ class SoftmaxCrossEntropy(_Loss):
     """`softmax_cross_entropy` as a module.
 
     Args:
+        class_weight: (C,), a buffer that is in no state dict, or None.
         label_smoothing: s in [0, 1).
         reduction: "none", "mean" (over B) or "sum".
 
     Raises:
-        ValueError: There is no such reduction, or `label_smoothing` is not in [0, 1).
-        TypeError: `label_smoothing` is no number.
+        ValueError: There is no such reduction, `class_weight` is not (C,), or `label_smoothing` is not in [0, 1).
+        TypeError: `class_weight` is no floating tensor, or `label_smoothing` is no number.
     """
 
     _kind = "softmax"
 
-    def __init__(self, *, label_smoothing: float = 0.0, reduction: str = "mean") -> None:
-        super().__init__(reduction)
+    def __init__(
+        self, *, class_weight: Tensor | None = None, label_smoothing: float = 0.0, reduction: str = "mean"
+    ) -> None:
+        super().__init__(reduction, class_weight)
         _check.check_probability(type(self).__name__, "label_smoothing", label_smoothing)
         self.label_smoothing = label_smoothing
 
     def forward(self, logits: Tensor, targets: Tensor, weight: Tensor | None = None) -> Tensor:
         """The loss of logits (B, C) against indices (B,) or probabilities (B, C), as of `softmax_cross_entropy`."""
         return softmax_cross_entropy(
-            logits, targets, weight=weight, label_smoothing=self.label_smoothing, reduction=self.reduction
+            logits,
+            targets,
+            class_weight=self.class_weight,
+            weight=weight,
+            label_smoothing=self.label_smoothing,
+            reduction=self.reduction,
         )
 
     def options(self) -> dict[str, Any]:

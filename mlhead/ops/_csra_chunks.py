@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from ._csra_kernels import Options, Pooling
-from ._csra_plan import Plan, chunk_plan, is_matrix, is_rows, may_be_kept
+from ._csra_plan import Plan, chunk_plan, is_copied, is_matrix, is_rows, may_be_kept
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -84,13 +84,10 @@ def split(pooling: Pooling, weight: Tensor, most: int, normalize: bool) -> Itera
 
 
 def image_ranges(x: Tensor, most: int) -> Iterator[tuple[slice, Tensor]]:
-    """Ranges of images. On a GPU the images of a map whose positions are no matrix rows are copied, a range at a time:
-    a product for each image would cost more than the copy.
-    """
+    """Ranges of images, copied where `is_copied` says so."""
     for begin in range(0, x.shape[0], most):
         part = x[begin : begin + most]
-        copy = part.device.type == "cuda" and not is_matrix(part)
-        yield slice(begin, begin + part.shape[0]), part.contiguous() if copy else part
+        yield slice(begin, begin + part.shape[0]), part.contiguous() if is_copied(x) else part
 
 
 def make_scores(x: Tensor, rows: Tensor, scores: Tensor) -> None:
@@ -210,8 +207,8 @@ def backward(
     gradient = _Scores(x, weight, plan, False) if keep else raw
     accumulate = accumulate_dtype(x.dtype)
     one_column_range = plan.columns >= H * C
-    # A map that is no matrix of positions adds to dw image by image, or on a GPU a range of copied images at a time.
-    one_image_range = plan.images >= B and (is_matrix(x) or x.device.type == "cuda")
+    # A map that is no matrix of positions adds to dw image by image, a copy of it a range of images at a time.
+    one_image_range = plan.images >= B and (is_matrix(x) or is_copied(x))
     dx = x.new_empty((B * L, D), dtype=x.dtype if one_column_range else accumulate) if need_dx else empty
     dweight = x.new_empty(H * C, D) if need_dweight else empty
     for chunk in split(pooling, weight, plan.columns, normalize):

@@ -20,7 +20,7 @@ from ..reference.class_loss import LossArguments, accumulation, add_shards
 from . import _csra_chunks as chunks
 from ._csra_chunks import Chunk
 from ._csra_kernels import Options, Pooling
-from ._csra_plan import Plan, chunk_plan, fits_the_scratch, is_matrix
+from ._csra_plan import Plan, chunk_plan, fits_the_scratch, is_copied, is_matrix
 from ._gradients import empty_gradient
 from ._loss_chunks import softmax_rows_loss
 from ._loss_kernels import LossKernels, Place
@@ -128,7 +128,7 @@ def run(call: _Call, dout: Tensor | None, needs: Sequence[bool]) -> tuple[Tensor
         add_shards(statistics, a.class_group)
         row_loss = softmax_rows_loss(statistics, a)
     if not call.empty and (any(needs) or statistics is None):
-        one_image_range = call.plan.images >= B and (is_matrix(x) or x.device.type == "cuda")
+        one_image_range = call.plan.images >= B and (is_matrix(x) or is_copied(x))
         for classes, chunk in call.class_ranges():
             chunk = chunk._replace(first=classes.start)  # 0 sets dx, others add to it
             whole = need_dweight and (H == 1 or one_range)

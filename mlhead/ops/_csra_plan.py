@@ -90,6 +90,17 @@ def is_matrix(x: Tensor) -> bool:
     return x.shape[0] == 1 or x.stride(0) == x.shape[1] * x.stride(1)
 
 
+def is_copied(x: Tensor) -> bool:
+    """Whether images (B, L, D) are copied, a range of them at a time, before they are multiplied.
+
+    Where an image's positions and features are no matrix that a library multiplies as it lies; and on a GPU also where
+    the positions of all images are no rows of one matrix: a product for each image would cost more than the copy.
+    """
+    (_, L, D), (_, along_l, along_d) = x.shape, x.stride()
+    dense = (along_d == 1 and (along_l >= D or L == 1)) or (along_l == 1 and (along_d >= L or D == 1))
+    return not dense or (x.device.type == "cuda" and not is_matrix(x))
+
+
 def is_rows(weight: Tensor) -> bool:
     """Whether the classifiers (H, C, D) of all heads are the rows of one matrix."""
     return weight.shape[0] == 1 or weight.stride(0) == weight.shape[1] * weight.stride(1)
@@ -120,7 +131,7 @@ def chunk_plan(x: Tensor, weight: Tensor, keep: bool, pools_only: bool = False) 
     (B, L, D), (H, C, _) = x.shape, weight.shape
     machine = _machine(x).for_pooling() if pools_only else _machine(x)
     most_images = B
-    if x.device.type == "cuda" and not is_matrix(x):
+    if is_copied(x):
         most_images = min(B, max(1, machine.scratch_bytes // max(1, L * D * x.element_size())))
     if keep:
         plan = Plan(most_images, H * C)

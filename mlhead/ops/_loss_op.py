@@ -19,14 +19,15 @@ import torch
 from torch import Tensor
 
 from ..reference.class_loss import SCHEMA, accumulation
-from ._fused import FusedOp
-from ._gradients import empty_gradient
+from ._fused import FusedOp, is_transformed
+from ._gradients import empty_gradient, laid_out
 from ._loss_kernels import LossKernels, PlainKernels
 
 
 def make_flags(*tensors: Tensor | None) -> list[bool]:
-    """Which gradients the forward should make: those that will be needed, none in fp16."""
-    if not torch.is_grad_enabled() or any(t is not None and t.dtype == torch.float16 for t in tensors):
+    """Which gradients the forward should make: those that will be needed, none in fp16; torch.func differentiates."""
+    transformed = not torch.compiler.is_compiling() and is_transformed()
+    if not torch.is_grad_enabled() or transformed or any(t is not None and t.dtype == torch.float16 for t in tensors):
         return [False] * len(tensors)
     return [t is not None and t.requires_grad for t in tensors]
 
@@ -87,8 +88,7 @@ class LossOp(FusedOp):
             if not need or grad is None:
                 results.append(inputs[0].new_empty(0))
                 continue
-            like = empty_gradient(tensor, i == 1)
-            results.append(grad if grad.stride() == like.stride() else like.copy_(grad))
+            results.append(laid_out(grad, empty_gradient(tensor, i == 1).stride()))
         return tuple(results)
 
     def _reference_backward(self, *args: Any) -> Any:

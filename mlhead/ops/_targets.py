@@ -104,12 +104,12 @@ class SparseTargets(NamedTuple):
 
     @classmethod
     def from_csr(cls, targets: Tensor) -> SparseTargets:
-        """Targets of a torch sparse CSR tensor (B, C), whose values are y, floating.
+        """Targets of a torch sparse CSR tensor (B, C), whose values are y: bool, integer or floating.
 
         Raises:
             ValueError: The tensor does not have two axes, or on the CPU a value or a class is wrong. On CUDA wrong
                 values end in an asynchronous device assertion.
-            TypeError: It is no sparse CSR tensor, or not floating.
+            TypeError: It is no sparse CSR tensor, or complex.
         """
         where = "SparseTargets"
         if not isinstance(targets, Tensor) or targets.layout != torch.sparse_csr:
@@ -219,7 +219,10 @@ class SparseTargets(NamedTuple):
 def _from_csr(where: str, targets: Tensor) -> SparseTargets:
     _check.check_ndim(where, "targets", targets, "(B, C)")
     indices, offsets = targets.col_indices().long(), targets.crow_indices().long()
-    return SparseTargets(indices, offsets, targets.values(), targets.shape[1])._sorted()
+    values = targets.values()
+    if not values.is_floating_point() and not values.is_complex():
+        values = values.float()
+    return SparseTargets(indices, offsets, values, targets.shape[1])._sorted()
 
 
 def _from_pair(where: str, indices: Any, offsets: Any, C: int) -> SparseTargets:

@@ -17,6 +17,7 @@ from ._csra_kernels import ExtensionPooling, TritonPooling
 from ._csra_plan import may_be_kept
 from ._fused import FusedOp, autocast, is_autocasting
 
+LARGEST_TEMPERATURE = 1e30  # products of a larger one with scores may pass fp32; T = inf is what it comes to
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -92,8 +93,8 @@ def _check_temperatures(where: str, temperatures: Sequence[float], H: int) -> li
     temperatures = [float(T) for T in temperatures]
     if len(temperatures) != H:
         _check.fail(where, "temperatures", f"one number per head (H = {H})", temperatures)
-    if not all(T > 0 for T in temperatures):
-        _check.fail(where, "temperatures", "positive, math.inf allowed", temperatures)
+    if not all(0 < T < LARGEST_TEMPERATURE or T == math.inf for T in temperatures):
+        _check.fail(where, "temperatures", f"above 0 and below {LARGEST_TEMPERATURE:g}, or math.inf", temperatures)
     return temperatures
 
 
@@ -117,7 +118,11 @@ def check_csra_pool(
         _check.check_shape(where, "bias", bias, "(H, C)", (H, C))
         _check.check_like(where, "bias", bias, "x", x)
     T = _check_temperatures(where, temperatures, H)
-    lams = [float(lam)] * H if isinstance(lam, (int, float)) else [float(value) for value in lam]
+    try:
+        one = isinstance(lam, (int, float)) or getattr(lam, "ndim", None) == 0
+        lams = [float(lam)] * H if one else [float(value) for value in lam]  # type: ignore[arg-type, union-attr]
+    except TypeError:
+        _check.fail(where, "lam", f"one number, or one per head (H = {H})", type(lam).__name__, TypeError)
     if len(lams) != H:
         _check.fail(where, "lam", f"one number, or one per head (H = {H})", lams)
     if not all(-math.inf < value < math.inf for value in lams):

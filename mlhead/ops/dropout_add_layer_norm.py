@@ -99,6 +99,7 @@ def dropout_add_layer_norm(
         dropout_p: Probability in [0, 1) of dropping a number of x; the rest are scaled by 1 / (1 - dropout_p).
         eps: Added to the variance, >= 0.
         seed: Of the dropout mask: an integer, an int64 scalar tensor, or None for a fresh one from torch's generator.
+            Image b of seed s has the mask of image b - 1 of seed s + 1, so do not count seeds up: draw them.
             The mask is a function of the seed and the position alone, the same in backward and on every backend.
         backend: "auto", "reference", "triton", "cpp", "cuda"; None takes the surrounding `backend(...)`.
 

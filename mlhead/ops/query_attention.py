@@ -127,6 +127,7 @@ def query_attention(
         num_heads: H, a divisor of E; a head is E / H wide, any width.
         dropout_p: Probability in [0, 1) of dropping an attention weight; the rest are scaled by 1 / (1 - dropout_p).
         seed: Of the dropout mask: an integer, an int64 scalar tensor, or None for a fresh one from torch's generator.
+            Image b of seed s has the mask of image b - 1 of seed s + 1, so do not count seeds up: draw them.
             The mask is a function of the seed and the position alone, the same in backward and on every backend.
         key_mask: (B, L) bool, True where a position may be attended. An image without any gives 0.
         backend: "auto", "reference", "triton", "cpp", "cuda"; None takes the surrounding `backend(...)`.

@@ -69,6 +69,7 @@ def relu_dropout(
         x: (B, N, F), floating, of any strides.
         dropout_p: Probability in [0, 1) of dropping a number; the rest are scaled by 1 / (1 - dropout_p).
         seed: Of the dropout mask: an integer, an int64 scalar tensor, or None for a fresh one from torch's generator.
+            Image b of seed s has the mask of image b - 1 of seed s + 1, so do not count seeds up: draw them.
             The mask is a function of the seed and the position alone, the same on every backend.
         backend: "auto", "reference", "triton", "cpp", "cuda"; None takes the surrounding `backend(...)`.
 

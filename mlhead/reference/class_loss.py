@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, distributed
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 CHUNK = 1 << 19  # logits that exist at a time: a few megabytes with all that is made of them
 
@@ -102,8 +103,8 @@ def accumulation(dtype: torch.dtype) -> torch.dtype:
 
 
 def _softplus(z: Tensor) -> Tensor:
-    """log(1 + e^z), exact for large |z| too."""
-    return z.clamp(min=0) + torch.log1p(torch.exp(-z.abs()))
+    """log(1 + e^z), exact for large |z| too, with a derivative at 0 too."""
+    return -F.logsigmoid(-z)
 
 
 def _power(base: Tensor, gamma: float, detach: bool) -> Tensor:
@@ -260,5 +261,9 @@ def logit_gradients(
 
 
 def may_chunk(*sizes: int) -> bool:
-    """Whether ranges of classes may be gone through one by one: not under torch.func or with symbolic sizes."""
-    return all(type(n) is int for n in sizes) and torch._C._functorch.maybe_current_level() is None
+    """Whether ranges of classes may be gone through one by one: not under torch.func, with symbolic sizes, or where a
+    graph is made, which must not write in place.
+    """
+    if not all(type(n) is int for n in sizes) or torch._C._functorch.maybe_current_level() is not None:
+        return False
+    return not torch._C._len_torch_dispatch_stack() or get_proxy_mode() is None

@@ -72,10 +72,14 @@ def csra_loss_grad(
     def logits(classes: slice) -> Tensor:
         return csra_pool(*_inputs(classes, x, weight, bias), *options).to(wide)
 
+    ranges = _ranges(x, weight)
+    if len(ranges) == 1:
+        ((_, dz),) = class_loss.logit_gradients(dout, logits, ranges, x.shape[0], a)
+        return csra_pool_grad(dz.to(x.dtype), x, weight, bias, *options)
     dx = torch.zeros(x.shape, dtype=wide, device=x.device)
     dweight = torch.zeros_like(weight)
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-    for classes, dz in class_loss.logit_gradients(dout, logits, _ranges(x, weight), x.shape[0], a):
+    for classes, dz in class_loss.logit_gradients(dout, logits, ranges, x.shape[0], a):
         dx_part, dweight_part, dbias_part = csra_pool_grad(dz.to(x.dtype), *_inputs(classes, x, weight, bias), *options)
         dx += dx_part
         dweight[:, classes] = dweight_part

@@ -130,20 +130,29 @@ def csra_pool_grad(
 
     dx = ds w; dw = ds x, through the norm: (dwn - wn <dwn, wn>) / |w|; dbias = sum_b,l ds.
     """
-    dx = torch.zeros(x.shape, dtype=_accumulate(x.dtype), device=x.device)
-    dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
-    dbias = None if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
-    for c in _chunks(x, weight):
+
+    def of_classes(c: slice) -> tuple[Tensor, Tensor, Tensor | None]:
         s = _scores(x, weight[:, c], None if bias is None else bias[:, c], normalize)
         ds = _score_gradient(s, dlogits[:, c], temperatures, lam, average)
         wn, norm = _normalized(weight[:, c], normalize)
-        dx += torch.einsum("hbcl,hcd->bld", ds.to(x.dtype), wn.to(x.dtype))
+        dx = torch.einsum("hbcl,hcd->bld", ds.to(x.dtype), wn.to(x.dtype)).to(_accumulate(x.dtype))
         dw = torch.einsum("hbcl,bld->hcd", ds.to(x.dtype), x).to(wn.dtype)
         if normalize:
             dw = (dw - wn * (dw * wn).sum(-1, keepdim=True)) / norm
-        dweight[:, c] = dw.to(weight.dtype)
-        if dbias is not None:
-            dbias[:, c] = ds.sum((1, 3)).to(dbias.dtype)
+        return dx, dw.to(weight.dtype), None if bias is None else ds.sum((1, 3)).to(bias.dtype)
+
+    chunks = list(_chunks(x, weight))
+    if len(chunks) == 1:  # written without a write, for what makes a graph
+        dx, dweight, dbias = of_classes(chunks[0])
+        return dx.to(x.dtype), dweight, dbias
+    dx = torch.zeros(x.shape, dtype=_accumulate(x.dtype), device=x.device)
+    dweight = torch.zeros(weight.shape, dtype=weight.dtype, device=weight.device)
+    dbias = None if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
+    for c in chunks:
+        dx_part, dweight[:, c], dbias_part = of_classes(c)
+        dx += dx_part
+        if dbias is not None and dbias_part is not None:
+            dbias[:, c] = dbias_part
     return dx.to(x.dtype), dweight, dbias
 
 

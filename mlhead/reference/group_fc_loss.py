@@ -70,6 +70,9 @@ def group_fc_loss_grad(
         return group_fc(*_inputs(classes, h, weight, bias, C)).to(wide)
 
     ranges = _ranges(h, weight, C)
+    if len(ranges) == 1:
+        ((_, dz),) = class_loss.logit_gradients(dout, logits, ranges, h.shape[0], a)
+        return group_fc_grad(dz.to(h.dtype), h, weight, bias, C)
     dh = torch.zeros(h.shape, dtype=wide, device=h.device)
     dweight = torch.zeros_like(weight)  # with the strides of weight
     dbias = None if bias is None else torch.zeros(bias.shape, dtype=bias.dtype, device=bias.device)
