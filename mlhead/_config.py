@@ -199,7 +199,8 @@ class TrainConfig:
     checkpoint_every: int | None = _option(None, "steps between checkpoints; by default as --eval-every", least=1)
     metrics: str = _option(
         "all",
-        "mAP, F1 and others, of scores that are all kept; or, for very many classes, P@k and nDCG@k of the best five",
+        "mAP, F1 and others, of scores that are all kept; or, for very many classes, P@k and nDCG@k of the best five, "
+        "and for data in files these scored by propensity",
         choices=("all", "topk"),
     )
     log_every: int = _option(10, "steps between lines of the log", least=1)

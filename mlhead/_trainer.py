@@ -164,6 +164,9 @@ class Trainer:
         listing = getattr(self.val_set, "listing", None)
         if self.config.metrics == "all" and listing is not None and not listing.positives(self.num_classes).any():
             usage_fail("--data", "such that a validation image has a label", f"none in {len(listing)} images")
+        training = getattr(self.train_set, "listing", None)
+        if self.config.loss == "softmax" and training is not None and training.has_unknown():
+            usage_fail("--loss", "'bce' or 'asl' for training images with unknown labels", "'softmax'")
         for split, images in () if state is None else state.get("images", {}).items():
             now = self._images[split]
             if now != images:
@@ -418,7 +421,7 @@ class Trainer:
     def _validate(self) -> None:
         config = self.config
         model = self.model if self._average is None else self._average
-        metrics = new_metrics(config, self.num_classes, self.device, single_label=self.source.single_label)
+        metrics = new_metrics(config, self.num_classes, self.device, self.source)
         batches, group = self._validation_batches(), self.processes.group
         found = evaluate(model, batches, config, metrics, self.device, self.bad_data, group=group)
         self._share_bad_data()

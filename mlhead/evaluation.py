@@ -13,8 +13,10 @@ from mlhead import building
 from mlhead._config import TrainConfig
 from mlhead._progress import Progress
 from mlhead._usage import usage_fail
+from mlhead.data.listing import ListSource
 from mlhead.data.loading import Batch
 from mlhead.data.reporting import BadDataLog
+from mlhead.data.sources import Source
 from mlhead.metrics import (
     TOP_KS,
     MultiLabelMetrics,
@@ -22,6 +24,7 @@ from mlhead.metrics import (
     TopKAccuracy,
     TopKMetrics,
     ZeroShotMetrics,
+    propensities,
 )
 from mlhead.ops import SparseTargets
 
@@ -46,12 +49,21 @@ def choose_device(name: str) -> torch.device:
 
 
 def new_metrics(
-    config: TrainConfig, num_classes: int, device: torch.device, *, single_label: bool
+    config: TrainConfig, num_classes: int, device: torch.device, source: Source
 ) -> MultiLabelMetrics | TopKMetrics:
-    """What --metrics asks for, over C classes that are all trained."""
+    """What --metrics asks for, over C classes that are all trained; of lists of images with propensities."""
     if config.metrics == "topk":
-        return TopKMetrics([k for k in TOP_KS if k <= num_classes], device=device)
-    return (SingleLabelMetrics if single_label else MultiLabelMetrics)(num_classes, device=device)
+        ks = [k for k in TOP_KS if k <= num_classes]
+        return TopKMetrics(ks, propensities=_propensities(source, num_classes), device=device)
+    return (SingleLabelMetrics if source.single_label else MultiLabelMetrics)(num_classes, device=device)
+
+
+def _propensities(source: Source, num_classes: int) -> Tensor | None:
+    """By the labels of the training images, where these are listed; scenes without end have no such counts."""
+    listing = source.splits.get("train") if isinstance(source, ListSource) else None
+    if listing is None or len(listing) < 3:
+        return None
+    return propensities(torch.from_numpy(listing.positives(num_classes)), len(listing))
 
 
 @torch.no_grad()

@@ -180,7 +180,7 @@ def evaluate_checkpoint(
     if config.task == "zero-shot" and split == "test":  # the other splits know no unseen class
         scores = ZeroShotMetrics(loaded.num_seen, len(loaded.class_names), device=loaded.device)
     else:
-        scores = new_metrics(config, loaded.num_seen, loaded.device, single_label=source.single_label)
+        scores = new_metrics(config, loaded.num_seen, loaded.device, source)
         if config.task == "zero-shot":
             loaded.model.head.use("train")  # type: ignore[operator]
     classes = len(loaded.class_names) if isinstance(scores, ZeroShotMetrics) else loaded.num_seen

@@ -35,7 +35,7 @@ _AT_THRESHOLD = ("CP", "CR", "CF1", "OP", "OR", "OF1")
 NAMES = ("mAP", *_AT_THRESHOLD, *(f"{name}_top3" for name in _AT_THRESHOLD), "classes")
 ACCURACY = ("top1", "top5")
 TOP_KS = (1, 3, 5)
-TOP_K = tuple(f"{name}@{k}" for name in ("P", "nDCG") for k in TOP_KS)
+TOP_K = tuple(f"{name}@{k}" for name in ("P", "nDCG", "PSP", "PSnDCG") for k in TOP_KS)
 
 
 def main_measure(found: Mapping[str, float]) -> str:

@@ -22,7 +22,7 @@ from mlhead.data.reporting import BadDataLog
 from mlhead.data.scenes import Scenes
 from mlhead.data.sources import ImageSpec, open_source, training_transform
 from mlhead.inference import evaluate_checkpoint, load_model, predict_tensor
-from mlhead.metrics import SingleLabelMetrics
+from mlhead.metrics import SingleLabelMetrics, propensities
 
 for package in ("timm", "torchmetrics", "sklearn", "yaml", "PIL"):
     pytest.importorskip(package)
@@ -225,6 +225,30 @@ def test_evaluation_of_training_images_does_not_augment_them(tmp_path, scenes):
     assert any(not torch.equal(plain[i].image, augmented[i].image) for i in range(5))
 
 
+def test_the_best_classes_are_scored_by_propensity_where_training_images_are_listed(tmp_path, scenes):
+    run(tmp_path / "run", **on(scenes, metrics="topk", fused_loss=True))
+    found = evaluate_checkpoint(tmp_path / "run/last.pt", split="val", device="cpu", stream=io.StringIO())
+    assert {"P@1", "nDCG@1", "PSP@1", "PSnDCG@1"} <= found.keys()
+    last = read_log(tmp_path / "run/log.jsonl")[-1]
+    assert last["PSP@1"] == pytest.approx(found["PSP@1"])
+    # cat is on every training image and dog on half of them: a dog that is found counts more
+    source = open_source(config(tmp_path, **on(scenes)), BadDataLog("skip", lambda line: None))
+    listing = source.splits["train"]
+    p = propensities(torch.from_numpy(listing.positives(2)), len(listing))
+    assert p[0] > p[1]
+    loaded = load_model(tmp_path / "run/last.pt", device="cpu")
+    val = source.splits["val"]
+    hits = best = 0.0
+    for number in range(len(val)):
+        image = loaded.image_spec.transform()(val.open(number, "RGB"))
+        with torch.no_grad():
+            (first,) = loaded.model(image[None]).argmax(1).tolist()
+        labels = val.labels(number)[0].tolist()
+        hits += (first in labels) / p[first].item()
+        best += max(1 / p[label].item() for label in labels)
+    assert found["PSP@1"] == pytest.approx(hits / best)
+
+
 def test_data_without_test_images_is_measured_on_validation(tmp_path, scenes):
     run(tmp_path / "run", **on(scenes))
     said = io.StringIO()
@@ -292,3 +316,12 @@ def test_hints_are_looked_for_no_more_often_than_they_are_shown(monkeypatch):
     assert len(table.bad) == 500
     assert len(calls) == HINTS
     assert table.bad[0].reason == "unknown label 'dgo0' (hint)"
+
+
+def test_the_softmax_loss_takes_no_unknown_labels(tmp_path, scenes, monkeypatch):
+    from mlhead.data.listing import ImageList
+
+    monkeypatch.setattr(ImageList, "has_unknown", lambda self: True)
+    with pytest.raises(UsageError, match="--loss must be 'bce' or 'asl' for training images with unknown labels"):
+        run(tmp_path / "run", **on(scenes, loss="softmax"))
+    assert not (tmp_path / "run").exists()

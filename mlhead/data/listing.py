@@ -165,6 +165,10 @@ class ImageList:
         """Whether every image has exactly one label, a positive."""
         return self.values is None and self.untagged == 0 and bool((np.diff(self.offsets) == 1).all())
 
+    def has_unknown(self) -> bool:
+        """Whether a label of an image is unknown."""
+        return self.untagged < 0 or (self.values is not None and bool((self.values < 0).any()))
+
     def positives(self, num_classes: int) -> NDArray[np.int64]:
         """How many images have each class (C,)."""
         chosen = self.indices if self.values is None else self.indices[self.values > 0]

@@ -47,6 +47,7 @@ CASE = OpCase(
         {"B": 2, "L": 9, "D": 8, "H": 1, "C": 5, "bias": True, "temperatures": (math.inf,), "loss": "softmax"},
         {"B": 3, "L": 12, "D": 8, "H": 2, "C": 5, "map": True, "bias": True, "options": {"reduction": "sum"}},
         {"B": 2, "L": 5, "D": 8, "H": 1, "C": 5, "bias": True, "loss": "asl", "average": 0.0, "lam": 1.0},
+        {"B": 0, "L": 4, "D": 8, "H": 1, "C": 3, "loss": "softmax"},
         {"B": 2, "L": 6, "D": 8, "H": 3, "C": 4, "normalize": False, "temperatures": (0.5, 9.0, math.inf)},
     ),
     model={"B": 2, "L": 49, "D": 2048, "H": 1, "C": 80, "loss": "asl", "positives": 3},

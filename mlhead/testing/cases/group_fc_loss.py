@@ -60,6 +60,7 @@ CASE = OpCase(
         {"B": 3, "G": 1, "E": 16, "C": 64, "linear": True, "loss": "softmax"},
         {"B": 260, "G": 1, "E": 9, "C": 5, "target_dtype": torch.float32},
         {"B": 3, "G": 4, "E": 8, "C": 10, "bias": False, "loss": "asl"},
+        {"B": 0, "G": 4, "E": 8, "C": 10, "loss": "softmax"},
         {"B": 3, "G": 4, "E": 8, "C": 10},
     ),
     model={"B": 4, "G": 100, "E": 768, "C": 1000, "loss": "asl", "positives": 3},
