@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -170,12 +171,17 @@ def evaluate_checkpoint(
     loaded = load_model(path, device=device, weights=weights)
     changes = dict(changes or {})
     if changes.keys() & {"data", "labels"}:
-        changes.setdefault("val_labels", None)  # those of the run belong to its own images
+        # What names the run's own labels says nothing of other images.
+        names = ("layout", "val_labels", "image_column", "label_column", "voc_difficult")
+        own = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
+        for name in (*names, "labels") if "data" in changes else names:
+            changes.setdefault(name, own[name])
     config = TrainConfig(**{**vars(loaded.config), **changes})
     say = Progress(0, "", stream=stream).say
     bad_data = BadDataLog(config.on_bad_data, say)
     source = open_source(config, bad_data, loaded.class_names)
     split, dataset = _images(source, split, loaded.image_spec, say)
+    say(f"{len(dataset)} images of the {split} split")  # type: ignore[arg-type]
     scores: MultiLabelMetrics | ZeroShotMetrics | TopKMetrics
     if config.task == "zero-shot" and split == "test":  # the other splits know no unseen class
         scores = ZeroShotMetrics(loaded.num_seen, len(loaded.class_names), device=loaded.device)

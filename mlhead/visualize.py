@@ -79,6 +79,11 @@ def overlay(picture: NDArray[np.uint8], heat: NDArray[np.float32], strength: flo
     return np.clip(255 * (ground * (1 - share) + colours * share + 0.25 * ground * share), 0, 255).astype(np.uint8)
 
 
+def plain(text: str) -> str:
+    """A text as pictures show it as it is: between the dollars of a name they would show a formula."""
+    return text.encode("utf-8", "replace").decode().replace("$", r"\$")
+
+
 def _figure(width: float, height: float) -> Any:
     require("matplotlib", "mlhead.visualize")
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -110,7 +115,7 @@ def _draw(axes: Any, panel: Panel) -> None:
         corner = (left * times - 0.5, top * times - 0.5)
         axes.add_patch(Rectangle(corner, wide * times, tall * times, fill=False, edgecolor="#ffffff", linewidth=1.2))
     colour = INK if panel.good is None else ("#1a7f37" if panel.good else "#c62828")
-    axes.set_title(panel.title, fontsize=9, color=colour, pad=3)
+    axes.set_title(plain(panel.title), fontsize=9, color=colour, pad=3)
     axes.set_axis_off()
 
 
@@ -131,7 +136,7 @@ def panel_grid(
         bottom=0.08 / height, wspace=0.06, hspace=0.23 * len(rows) / sum(tall), height_ratios=tall,
     )  # fmt: skip
     if title:
-        figure.suptitle(title, x=0.12 / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=11, color=INK)
+        figure.suptitle(plain(title), x=0.12 / width, y=1 - 0.12 / height, ha="left", va="top", fontsize=11, color=INK)
     for i, row in enumerate(rows):
         for j, panel in enumerate(row):
             if panel is None:
@@ -139,7 +144,9 @@ def panel_grid(
             axes = figure.add_subplot(grid[i, j])
             _draw(axes, panel)
             if j == 0 and row_names:
-                axes.text(-0.07, 0.5, row_names[i], transform=axes.transAxes, ha="right", va="center", fontsize=10)
+                axes.text(
+                    -0.07, 0.5, plain(row_names[i]), transform=axes.transAxes, ha="right", va="center", fontsize=10
+                )
     _save(figure, path)
 
 

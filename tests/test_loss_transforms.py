@@ -56,6 +56,15 @@ def test_gradients_at_logits_of_0(loss: str) -> None:
 
 
 @every_loss
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_tangents_have_the_dtype_of_the_loss(loss: str, reduction: str) -> None:
+    x, w, y = torch.randn(4, D), torch.randn(C, D), _targets(loss, 4)
+    y = y if loss == "softmax" else y.float()
+    for value in jvp(lambda w: linear_loss(x, w, None, y, loss=loss, reduction=reduction), (w,), (w,)):
+        assert value.dtype == torch.float32
+
+
+@every_loss
 def test_gradients_of_each_image(loss: str) -> None:
     x, w, y = torch.randn(3, D).double(), torch.randn(C, D).double().requires_grad_(), _targets(loss, 3)
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeAlias
 
 from mlhead import _config
 from mlhead._config import TrainConfig, flag
+from mlhead._usage import usage_fail
 
 # What `add_subparsers` returns.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -40,6 +42,12 @@ def add_device(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
 
 
+def check_folder(argument: str, path: str) -> None:
+    """That a folder is there or can be made where files are to be written, before the work of making them."""
+    if Path(path).exists() and not Path(path).is_dir():
+        usage_fail(argument, "a folder", f"the file {path}")
+
+
 def number(kind: type) -> Callable[[str], Any]:
     """Reads a number, for argparse."""
 
@@ -53,8 +61,14 @@ def number(kind: type) -> Callable[[str], Any]:
     return convert
 
 
-def add_options(parser: argparse.ArgumentParser, names: Sequence[str] | None = None) -> None:
-    """One flag for each field of TrainConfig; only flags that are given appear in the result."""
+def add_options(parser: argparse.ArgumentParser, names: Sequence[str] | None = None, *, of_run: bool = False) -> None:
+    """One flag for each field of TrainConfig; only flags that are given appear in the result.
+
+    Args:
+        parser: gets the flags.
+        names: of the fields, or None for all.
+        of_run: whether a flag that is not given has the value that a run had.
+    """
     for item in dataclasses.fields(TrainConfig):
         if names is not None and item.name not in names:
             continue
@@ -70,7 +84,9 @@ def add_options(parser: argparse.ArgumentParser, names: Sequence[str] | None = N
             options |= {"type": kind if kind is str else number(kind), "metavar": kind.__name__.upper()}
             if choices := item.metadata["choices"]:
                 options["metavar"] = "{" + ",".join(choices) + "}"
-        if default is not None:
+        if of_run:
+            text += " (default: as in training)"
+        elif default is not None:
             text += f" (default: {default})"
         parser.add_argument(flag(item.name), help=text, **options)
 

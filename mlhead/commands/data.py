@@ -9,7 +9,7 @@ from pathlib import Path
 from mlhead._config import TrainConfig
 from mlhead._usage import usage_fail
 
-from ._options import Commands, add_options, given_options, new_parser
+from ._options import Commands, add_options, check_folder, given_options, new_parser
 
 # The options of training that also make sense here.
 OPTIONS = (
@@ -53,6 +53,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if images != "all" and not images.isdecimal():
         usage_fail("--images", "a whole number or 'all'", repr(images))
     config = TrainConfig(data=arguments.path, **given_options(arguments))
+    check_folder("--out", arguments.out)
     report = check.check(
         config, images=None if images == "all" else int(images), say=lambda line: print(line, file=sys.stderr)
     )

@@ -35,7 +35,7 @@ def add(commands: Commands) -> None:
     add_weights(parser)
     add_device(parser)
     parser.add_argument("--json", action="store_true", help="print JSON in place of a table")
-    add_options(parser, OPTIONS)
+    add_options(parser, OPTIONS, of_run=True)
 
 
 def _eval(arguments: argparse.Namespace) -> int:

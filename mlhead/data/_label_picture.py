@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from mlhead.visualize import COLOURS, INK, _figure, _save
+from mlhead.visualize import COLOURS, INK, _figure, _save, plain
 
 _POINTS = 2000  # of a curve; a million classes need no more
 _LOG_RANKS = 200  # above as many classes their ranks stand on a logarithmic axis
@@ -61,6 +61,6 @@ def draw_labels(
         axes.set_axisbelow(True)
         axes.spines[["top", "right"]].set_visible(False)
         axes.legend(frameon=False, fontsize=9)
-    figure.suptitle(title, fontsize=11, x=0.02, ha="left", color=INK)
+    figure.suptitle(plain(title), fontsize=11, x=0.02, ha="left", color=INK)
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     _save(figure, path)

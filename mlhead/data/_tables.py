@@ -60,6 +60,9 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record | BadSample]:
                 if not cells:
                     continue  # an empty line holds nothing that could be lost
                 place = f"line {reader.line_num}"
+                if any("\n" in cell for cell in cells):
+                    where = f"{path} (a cell with a line break ends in {place}: is a quote before it not closed?)"
+                    raise UsageError(f"{columns.argument} must be a CSV file, got {where}")
                 if len(cells) != len(header):
                     yield BadSample(f"{path}, {place}", f"{len(cells)} cells where the header has {len(header)}")
                     continue

@@ -53,7 +53,12 @@ def check(config: TrainConfig, *, images: int | None = None, say: Any = print, s
     if layout == "nus-wide":
         config = dataclasses.replace(config, task="zero-shot")
     log = BadDataLog("skip", say, shown=-1)
-    source = open_source(config, log)
+    try:
+        source = open_source(config, log)
+    except UsageError:
+        for name, reason in list(log.names.items())[:20]:
+            say(f"bad data: {name}: {reason}")
+        raise
     problems = [Problem(_kind(reason), name, reason, True) for name, reason in log.names.items()]
     splits = _splits(source)
     report = Report(config.data, layout, len(source.class_names), {}, 0, problems, {}, {})

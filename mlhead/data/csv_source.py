@@ -38,6 +38,8 @@ class FolderSource(ListSource):
         if config.val_labels:
             held_out = _read(config, "val_labels")
             bad_data.add(held_out.bad)
+            if splits["val"]:
+                usage_fail("--val-labels", f"absent where {config.labels} has rows of the split val", config.val_labels)
             splits["val"] = held_out.rows
         # A label that only occurs outside the training rows has no output in the model: such rows are bad.
         for split, rows in splits.items():

@@ -23,6 +23,7 @@ from mlhead.data._files import FolderFiles
 from mlhead.data._tables import Columns, read_records
 from mlhead.data.loading import BadSample
 
+_ORIENTATION = 0x112  # in EXIF
 HINTS = 20  # as many bad rows as are shown
 
 
@@ -151,11 +152,19 @@ def is_held_out(image: str, fraction: float) -> bool:
 
 
 def open_image(path: Path | str, mode: str, file: BinaryIO | None = None) -> Any:
-    """A fully decoded PIL image, or a BadSample with the reason; `file` holds it if it is not the file at `path`."""
+    """A fully decoded PIL image, upright as its EXIF says and in 8 bits, or a BadSample with the reason.
+
+    `file` holds it if it is not the file at `path`.
+    """
     pil = require("PIL.Image", "Reading images")
     try:
         with pil.open(path if file is None else file) as image:
-            return image.convert(mode)
+            if image.mode == "F":
+                return BadSample(str(path), "its pixels are floating-point numbers, whose range no file says")
+            _turn_upright(image)
+            # Of 16 bits Pillow would cut off what is above 255.
+            sixteen = image.mode == "I" or image.mode.startswith("I;16")
+            return (_in_8_bits(image) if sixteen else image).convert(mode)
     except FileNotFoundError:
         return BadSample(str(path), "no such file")
     except OSError as error:
@@ -165,6 +174,22 @@ def open_image(path: Path | str, mode: str, file: BinaryIO | None = None) -> Any
     # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error and others of their own on damaged files.
     except Exception as error:
         return _undecodable(path, error)
+
+
+def _turn_upright(image: Any) -> None:
+    """Turns an image as its EXIF says, in place."""
+    try:
+        orientation = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF is no damage of the pixels
+        return
+    if orientation in range(2, 9):
+        require("PIL.ImageOps", "Reading images").exif_transpose(image, in_place=True)
+
+
+def _in_8_bits(image: Any) -> Any:
+    """A grey image of 16 bits, by the higher 8; what is above 16 bits is white."""
+    numbers = np.asarray(image).astype(np.int64).clip(0, 65535)
+    return require("PIL.Image", "Reading images").fromarray((numbers >> 8).astype(np.uint8))
 
 
 def _undecodable(path: Path | str, error: Exception) -> BadSample:

@@ -45,7 +45,8 @@ def _published(root: Path) -> str | None:
 
 def _split_folders(root: Path) -> list[tuple[Path, str]]:
     """The folders of the splits that are there, and of which split each is."""
-    return [(root / name, split) for name, split in SPLIT_FOLDERS.items() if (root / name).is_dir()]
+    found = {path.name.lower(): path for path in _folders(root)} if root.is_dir() else {}
+    return [(found[name], split) for name, split in SPLIT_FOLDERS.items() if name in found]
 
 
 def _has_images(path: Path) -> bool:
@@ -60,9 +61,12 @@ def _folders(path: Path) -> list[Path]:
 
 def _files(path: Path) -> list[str]:
     """All files below a folder, as paths from there, sorted; hidden ones are left out."""
-    found = []
+    found, seen = [], {os.path.realpath(path)}
     for parent, folders, files in os.walk(path, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".") and not _leads_up(parent, name)]
+        folders[:] = [name for name in sorted(folders) if not name.startswith(".") and not _leads_up(parent, name)]
+        real = {name: os.path.realpath(os.path.join(parent, name)) for name in folders}
+        folders[:] = [name for name in folders if real[name] not in seen]  # links may lead in a circle
+        seen.update(real[name] for name in folders)
         found += [os.path.relpath(os.path.join(parent, name), path) for name in files if not name.startswith(".")]
     return sorted(found)
 
@@ -109,6 +113,10 @@ def open_image_folder(config: Any, bad_data: BadDataLog, class_names: list[str] 
             f"as test/<class>/<number>.png"
         )
     tops = _split_folders(root) or [(root, "train")]
+    if tops[0][0] != root:
+        reason = f"beside {tops[0][0].name}/, and not of a split ({', '.join(SPLIT_FOLDERS)})"
+        others = [path for path in _folders(root) if path not in {top for top, _ in tops}]
+        bad_data.add(BadSample(str(path), reason) for path in others if any(map(_is_image, _files(path))))
     names = class_names or (folder.read_classes(Path(config.classes)) if config.classes else None)
     if names is None:
         naming = [top for top, split in tops if split == "train"] or [top for top, _ in tops]

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from mlhead._config import TrainConfig, flag
 from mlhead._usage import usage_fail
 from mlhead.data.coco import is_coco, open_coco
 from mlhead.data.csv_source import FolderSource
@@ -50,6 +52,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+# Options that data in other layouts than theirs would not use.
+_OWN_OPTIONS = {"val_labels": "csv", "image_column": "csv", "label_column": "csv", "voc_difficult": "voc"}
+
+
 def layout_of(config: Any) -> str:
     """The name of the layout that --layout names, or else that --data is in.
 
@@ -61,6 +67,16 @@ def layout_of(config: Any) -> str:
         usage_fail("--data", "'scenes' or an existing folder of images", repr(config.data))
     if config.labels is not None and config.layout not in ("auto", "csv"):
         usage_fail("--labels", f"absent for --layout {config.layout}, which has labels of its own", config.labels)
+    name = _layout_of(config, root)
+    for option, layout in _OWN_OPTIONS.items():
+        default = next(item.default for item in dataclasses.fields(TrainConfig) if item.name == option)
+        value = getattr(config, option, default)
+        if name != layout and value != default:
+            usage_fail(flag(option), f"absent for data in the layout {name}: it is of {layout}", value)
+    return name
+
+
+def _layout_of(config: Any, root: Path) -> str:
     if config.layout != "auto":
         return config.layout
     if config.labels is not None:

@@ -313,6 +313,6 @@ class ListSource:
         """The list of a split, which has an image."""
         listing = self.splits.get(split)
         if listing is None or len(listing) == 0:
-            argument = self._needs.get(split, "--data")
+            argument = self._needs.get(split, "--data, or --val-fraction of it," if split == "val" else "--data")
             raise UsageError(f"{argument} must leave at least one usable image for the {split} split, got none")
         return listing

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -199,6 +200,7 @@ def _read_table(path: Path, root: Path) -> tuple[folder.Table, list[str]]:
                     bad.append(BadSample(where, f"{len(cells)} cells where the header has {len(header)}{hint}"))
                     continue
                 image, labels, split = cells[0].strip(), parse_labels(cells[1]), cells[2].strip()
+                image = os.path.normpath(image) if image else image  # ./0.jpg is 0.jpg
                 labels_seen.update(labels)
                 if not image:
                     bad.append(BadSample(where, "no image is named"))

@@ -143,7 +143,7 @@ def _labels(path: Path, difficult: int | None) -> dict[int, int] | BadSample:
     """The labels of one image and their values, or what is wrong with its annotation."""
     try:
         objects = ElementTree.parse(path).getroot().findall("object")
-    except (ElementTree.ParseError, OSError, ValueError) as error:
+    except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:  # the last: an unknown encoding
         return BadSample(str(path), f"cannot be parsed: {error}")
     if not objects:
         return BadSample(str(path), "an annotation without objects")

@@ -83,7 +83,8 @@ def group_fc_loss(
         BackendError: An explicitly chosen backend cannot run this call.
 
     Numerics:
-        Products in the dtype of h with fp32 sums, logits rounded to that dtype, the loss in fp32. Deterministic.
+        Products in the dtype of h with fp32 sums, logits rounded to that dtype (the C++ pass keeps them in fp32),
+        the loss in fp32. Deterministic.
 
     Memory:
         Beyond inputs and gradients a constant (on a CPU 2 MiB a thread and at most 16 MiB, on a GPU 48 MiB; the

@@ -246,7 +246,8 @@ def reduced(logits: Callable[[slice], Tensor], ranges: list[slice], B: int, a: L
         total = (per_row if a.sample_weight is None else per_row * a.sample_weight).sum()
     else:
         total = torch.stack([element_loss(logits(classes), classes, a).sum() for classes in ranges]).sum()
-    return total * a.factor(B)
+    # Of a number times a Python one torch's forward mode makes an fp64 tangent; of a vector it does not.
+    return (total.view(1) * a.factor(B)).squeeze(0)
 
 
 def logit_gradients(
