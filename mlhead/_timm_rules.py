@@ -41,6 +41,9 @@ def check_model(where: str, model: Any) -> None:
     """A module with the two things that are looked for."""
     if not isinstance(model, nn.Module):
         _check.fail(where, "model", "an nn.Module", type(model).__name__, TypeError)
+    if hasattr(model, "_orig_mod"):
+        must = "an uncompiled model, whose layers can be told apart: torch.compile what comes out"
+        _check.fail(where, "model", must, f"a {type(model).__name__}", TypeError)
     missing = []
     if not callable(getattr(model, "forward_features", None)):
         missing.append("forward_features")

@@ -135,7 +135,7 @@ def head_memory(
             num_classes = J = -(-num_classes // devices)
         features += 2 * s * images * groups * width
     matrix = groups * width * J
-    state_bytes = 4 if fused_update else s
+    state_bytes = max(4, s) if fused_update else s
     state = STATES[optimizer] * (matrix + num_classes) * state_bytes
     if optimizer == "adafactor":
         state = 4 * num_classes  # a number a class; the columns' are few

@@ -280,6 +280,7 @@ def public_state_dict(head: Head, form: str = "decoder", prefix: str = "") -> di
 
 def _check_head(where: str, head: object) -> None:
     if isinstance(head, tuple(KINDS)):
+        head._refuse_shards(where)  # type: ignore[attr-defined]
         return
     got = type(head).__name__
     if isinstance(head, nn.Module) and isinstance(getattr(head, "head", None), Head):

@@ -181,7 +181,7 @@ def test_coco_of_two_years_and_of_one_split(tmp_path):
     make_coco(tmp_path / "a")
     (tmp_path / "a/annotations/instances_val2014.json").unlink()
     source = source_of(tmp_path / "a")
-    with pytest.raises(UsageError, match="--data, or --val-fraction of it, must leave at least one usable image for the val split"):
+    with pytest.raises(UsageError, match="--data, or --val-fraction of it, must leave at least one usable image"):
         source.dataset("val", None)
     (tmp_path / "a/annotations/instances_val2017.json").touch()
     with pytest.raises(UsageError, match="of one year, got those of 2014 and 2017"):

@@ -131,7 +131,7 @@ def test_a_million_classes_by_hand() -> None:
     assert memory.optimizer == 2 * memory.weights
     assert memory.features == 2 * 2 * 768 * (64 * 104 + 8 * 64 * 13)
     dense = head_memory(1001, 8, 3, devices=2, loss_in_head=False, optimizer="none")
-    assert (dense.weights, dense.logits) == (4 * 501 * 9, 3 * 1001 * 20 + 2 * 4 * 3 * 501)
+    assert (dense.weights, dense.logits) == (4 * 501 * 9, 3 * 1001 * 12 + 2 * 4 * 3 * 501)
 
 
 def test_wrong_arguments_are_named() -> None:

@@ -97,6 +97,8 @@ class WordBanks(nn.Module):
         found = {key[len(prefix) :]: value for key, value in state_dict.items() if key.startswith(prefix)}
         for name, vectors in found.items():
             try:
+                if metadata.get("assign_to_params_buffers") and isinstance(vectors, Tensor):
+                    self._like = vectors.detach().new_empty(0)  # parameters take these tensors' device and dtype too
                 self.put(name, vectors)
             except (TypeError, ValueError) as error:
                 errors.append(f"bank {name!r}: {error}")

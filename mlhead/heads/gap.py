@@ -8,11 +8,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 from .. import _check
-from ..ops import SparseTargets, linear_loss, linear_topk
+from ..ops import SparseTargets, group_fc_loss, linear_loss, linear_topk
 from ..ops._loss_options import Targets
 from ..ops._loss_update import Update
+from ..ops.topk import first_largest
 from ._base import Head, best_classes, check_rate, factory, linear_init
 
 
@@ -100,14 +102,37 @@ class GAPHead(Head):
         Arguments and errors are those of every `Head`.
         """
         options = self._options(targets, pre_logits, sample_weight, ignore, update)
-        self._check_features(features, self.fc.weight)
+        self._check_features(features, self._like(features))
         pooled = features.mean((2, 3)) if features.ndim == 4 else features.mean(1)
         pooled = F.dropout(pooled, self.dropout, self.training)
         if pre_logits:
             return pooled
-        if targets is None and self._shards is None:
-            return self.fc(pooled)
+        if self._shards is None and (targets is None or not self._is_linear()):
+            logits = self.fc(pooled)
+            return logits if targets is None else self._loss_of(logits, targets, options)
         return self._finish(self._linear(pooled), F.linear, linear_loss, targets, options, self._shards)
+
+    def _is_linear(self) -> bool:
+        """Whether `fc` does what its weight and bias say: not wrapped, and nothing runs before it.
+
+        What torch.nn.utils.parametrize makes of a weight is its weight; older spectral and weight norms, pruning and
+        adapters change what a call does.
+        """
+        kind = type(self.fc).__mro__[1] if parametrize.is_parametrized(self.fc) else type(self.fc)
+        return kind is nn.Linear and not self.fc._forward_pre_hooks and "forward" not in self.fc.__dict__
+
+    def _like(self, features: Tensor) -> Tensor:
+        """What the features' dtype must be that of: the weight, of another classifier anything."""
+        weight = getattr(self.fc, "weight", None)
+        return weight if isinstance(weight, Tensor) else features
+
+    def _loss_of(self, logits: Tensor, targets: Targets, options: dict[str, Any]) -> Tensor:
+        """The loss of logits that exist."""
+        if options.pop("update", None) is not None:
+            must = "None for a classifier `fc` that is no plain nn.Linear"
+            _check.fail("GAPHead", "update", must, type(self.fc).__name__)
+        one = logits.new_ones(1, 1)
+        return group_fc_loss(logits.unsqueeze(-1), one, None, targets, logits.shape[1], **options)
 
     def _linear(self, pooled: Tensor) -> tuple[Any, ...]:
         """Features, weight and bias of the classes that are here."""
@@ -117,7 +142,10 @@ class GAPHead(Head):
         return shards.enter(pooled), shards.local(weight), None if bias is None else shards.local(bias)
 
     def _topk(self, features: Tensor, k: int, **inputs: Any) -> tuple[Tensor, Tensor]:
-        return best_classes(linear_topk, self._linear(self(features, pre_logits=True, **inputs)), k)
+        pooled = self(features, pre_logits=True, **inputs)
+        if self._shards is None and not self._is_linear():
+            return best_classes(first_largest, (self.fc(pooled),), k)
+        return best_classes(linear_topk, self._linear(pooled), k)
 
     def attention_maps(self, features: Tensor, classes: Tensor | Sequence[int]) -> Tensor:
         """Class activation maps: the positive part of each position's score, divided by its sum.
@@ -136,10 +164,20 @@ class GAPHead(Head):
         Source:
             Zhou et al., Learning Deep Features for Discriminative Localization, Eq. 2, without the bias.
         """
-        self._check_features(features, self.fc.weight)
-        chosen, weight = self._check_classes(classes, features), self.fc.weight
+        self._check_features(features, self._like(features))
+        chosen = self._check_classes(classes, features)
+        if self._shards is None and not self._is_linear():
+            tokens = features.flatten(2).transpose(1, 2) if features.ndim == 4 else features
+            scores = (self.fc(tokens) - self.fc(tokens.new_zeros(self.in_features))).transpose(1, 2)
+            index = chosen.expand(len(scores), -1).unsqueeze(2).expand(-1, -1, scores.shape[2])
+            return self._shares(scores.gather(1, index))
+        weight = self.fc.weight
         weight = weight[chosen] if self._shards is None else self._shards.rows(weight, 0, chosen)  # (K, D) or (B, K, D)
         scores = weight @ (features.flatten(2) if features.ndim == 4 else features.transpose(1, 2))
+        return self._shares(scores)
+
+    @staticmethod
+    def _shares(scores: Tensor) -> Tensor:
         scores = scores.float().relu()
         return scores / scores.sum(2, keepdim=True).clamp(min=torch.finfo(scores.dtype).tiny)
 

@@ -34,6 +34,17 @@ class _Classes(NamedTuple):
     group_size: int
 
 
+class _Call(nn.Module):
+    """A function of a head's, as a module whose parameters are the head's."""
+
+    def __init__(self, head: nn.Module, run: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.head, self.run = head, run
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return self.run(rows)
+
+
 class ZeroShotMLDecoder(AttentionHead):
     """ML-Decoder for classes that are described by word vectors n_c of W numbers, seen in training or not.
 
@@ -320,8 +331,18 @@ class ZeroShotMLDecoder(AttentionHead):
 
         if len(steps) == 1:
             return run(steps[0].queries)
-        again = functools.partial(checkpoint, run, use_reentrant=False) if torch.is_grad_enabled() else run
+        again = run
+        if torch.is_grad_enabled():
+            again = functools.partial(checkpoint, self._with_these_parameters(run), use_reentrant=False)
         return torch.cat([again(step.queries) for step in steps], dim=1)
+
+    def _with_these_parameters(self, run: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+        """`run` with the parameters of now, also in backward, when a `functional_call` has put back the head's own."""
+        tensors: dict[str, Tensor] = dict(self.named_parameters())
+        if all(type(tensor) is nn.Parameter for tensor in tensors.values()):
+            return run
+        call, given = _Call(self, run), {f"head.{name}": tensor for name, tensor in tensors.items()}
+        return lambda rows: functional_call(call, given, (rows,))
 
     def _last(
         self, classes: _Classes, memory: Tensor, key_mask: Tensor | None

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
 from .. import _check
 from ..ops._loss_options import check_asl
 from .functional import REDUCTIONS, asymmetric_loss, binary_cross_entropy, softmax_cross_entropy
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class _Loss(nn.Module):
@@ -26,7 +30,20 @@ class _Loss(nn.Module):
         if weight is not None:
             _check.check_tensor(type(self).__name__, name, weight)
             _check.check_ndim(type(self).__name__, name, weight, "(C,)")
-        self.register_buffer(name, weight, persistent=False)
+        self.register_buffer(name, None if weight is None else weight.detach().clone(), persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        """Weights go to another device with what the loss belongs to, and keep their numbers.
+
+        The arithmetic is fp32: `half()` rounds parameters, `to_empty()` leaves them without values.
+        """
+        weights = dict(self._buffers)
+        super()._apply(fn, recurse)
+        for name, weight in weights.items():
+            moved = self._buffers[name]
+            if weight is not None and moved is not None:
+                self._buffers[name] = weight.to(moved.device)
+        return self
 
     def options(self) -> dict[str, Any]:
         """The same loss as keywords of `group_fc_loss`, `csra_loss` and `linear_loss`.
