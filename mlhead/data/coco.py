@@ -92,12 +92,14 @@ def _read(path: Path, content: dict[str, Any], folder: Path, categories: list[in
     for n, item in enumerate(json_list(path, content, "annotations")):
         number, image, category = (item.get(key) for key in ("id", "image_id", "category_id"))
         where = f"annotation {n} (id {number})"
+        if isinstance(image, float) and image.is_integer():
+            image = int(image)
         if not isinstance(image, int) or image not in images:
             bad.append(BadSample(f"{path}, {where}", f"no such image, id {image}"))
-        elif isinstance(number, int) and number in seen:
-            bad.append(BadSample(f"{path}, {where}", "the same id as an annotation before it"))
         elif images[image] is None:
             pass  # of an image that is named already
+        elif isinstance(number, int) and number in seen:
+            broken.setdefault(str(images[image]), f"{where} has the same id as an annotation before it")
         elif not isinstance(category, int) or category not in index:
             broken.setdefault(str(images[image]), f"unknown category id {category} in {where}")
         else:
