@@ -161,6 +161,7 @@ def open_image(path: Path | str, mode: str, file: BinaryIO | None = None) -> Any
         with pil.open(path if file is None else file) as image:
             if image.mode == "F":
                 return BadSample(str(path), "its pixels are floating-point numbers, whose range no file says")
+            image.load()  # where EXIF is read first, damaged pixels are no error any more
             _turn_upright(image)
             # Of 16 bits Pillow would cut off what is above 255.
             sixteen = image.mode == "I" or image.mode.startswith("I;16")

@@ -154,7 +154,8 @@ def csra_pool(
         x: Tokens (B, L, D) or a map (B, D, height, width), floating, L >= 1.
         weight: Classifiers (H, C, D), of the dtype of x; each head owns one.
         bias: (H, C) or None.
-        temperatures: H numbers > 0; `math.inf` takes the maximum (its gradient goes to the first maximal position).
+        temperatures: H numbers > 0; `math.inf` takes the maximum (its gradient goes to the first maximal position, of
+            scores as they are rounded).
         lam: The weight of the attention term, one number or one per head.
         normalize: Divide every classifier by its norm over D first; a zero classifier stays zero.
         average: The weight of the mean: 1 as in the paper, 0 for attention alone (Table 6).
