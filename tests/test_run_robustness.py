@@ -115,6 +115,13 @@ def test_only_a_runs_own_leftovers_are_deleted(tmp_path):
     assert not (tmp_path / ".last.pt.abc.part").exists()
 
 
+def test_resume_finds_the_checkpoint_in_the_form_that_another_number_of_processes_wrote(tmp_path):
+    whole = run(tmp_path, head="gap", steps=2)
+    assert train.resume(tmp_path / "last.dcp", {}, stream=io.StringIO()).steps == whole.steps
+    with pytest.raises(UsageError, match=r"none\.pt"):
+        train.resume(tmp_path / "none.pt", {}, stream=io.StringIO())
+
+
 def test_resume_refuses_other_data(tmp_path, scenes):
     data = tmp_path / "data"
     shutil.copytree(scenes, data)
