@@ -23,8 +23,8 @@ from mlhead._usage import UsageError, closest, require, usage_fail
 # Options that the task "classification" would not use.
 ZERO_SHOT_ONLY = ("unseen", "word_vectors", "query_noise", "random_queries")
 
-# Options that data of the other kind would not use.
-FOLDER_ONLY = (
+# Options of images in files: what their labels are, and for training how they are augmented; and of the scenes.
+FOLDER_LABELS = (
     "layout",
     "labels",
     "val_labels",
@@ -34,6 +34,9 @@ FOLDER_ONLY = (
     "classes",
     "val_fraction",
     "voc_difficult",
+)
+FOLDER_ONLY = (
+    *FOLDER_LABELS,
     "crop_scale",
     "hflip",
     "auto_augment",

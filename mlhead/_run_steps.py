@@ -23,7 +23,7 @@ def are_finite(parameters: Iterable[Tensor]) -> bool:
     for parameter in parameters:
         here = parameter.to_local().detach() if isinstance(parameter, DTensor) else parameter.detach()
         if here.numel():
-            found.append(torch.stack(torch.aminmax(here)).float().isfinite().all())
+            found.append(torch.stack(torch.aminmax(here)).isfinite().all())
     return not found or bool(torch.stack(found).all())
 
 
@@ -42,8 +42,6 @@ class Steps:
         skipped: steps, since the run began or was resumed, that the scaler of fp16 did not make.
     """
 
-    skipped = 0
-
     def __init__(self, config: TrainConfig, model: HeadedModel, total_steps: int, spread: Spread) -> None:
         self.config, self.model, self.spread = config, model, spread
         self.optimizer = building.build_optimizer(config, model)
@@ -51,6 +49,7 @@ class Steps:
         self._optimizers = [self.optimizer] if self.update is None else [self.optimizer, self.update]
         self._schedules = [building.build_schedule(config, each, total_steps) for each in self._optimizers]
         self._scaler = spread.scaler(enabled=config.amp == "fp16")
+        self.skipped = 0
 
     def backward(self, loss: Tensor) -> None:
         """Adds up gradients; under --fused-update makes the step of the classes' weight."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 from collections.abc import Iterable
+from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
 
@@ -16,6 +17,12 @@ class UsageError(ValueError):
 def usage_fail(argument: str, must: str, got: Any) -> NoReturn:
     """Raises UsageError: `<argument> must be <what>, got <what>`."""
     raise UsageError(f"{argument} must be {must}, got {got}")
+
+
+def check_folder(argument: str, path: Path) -> None:
+    """That files can be written into a folder, there or not yet, before the work of making them."""
+    if path.exists() and not path.is_dir():
+        usage_fail(argument, "a folder", f"the file {path}")
 
 
 def closest(word: str, known: Iterable[str]) -> str:

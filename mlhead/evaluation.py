@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -93,49 +95,43 @@ def evaluate(
         times: where seconds are added to the entries "data" (waiting for batches), "model" and "metrics". On a GPU
             they are true because the device is waited for after each, which takes a little time itself.
     """
-    was_training = model.training
-    model.eval()
-    try:
-        _see(model, batches, config, metrics, device, bad_data, progress, lap := _Laps(times, device))
-    finally:
-        model.train(was_training)
+    lap = _Laps(times, device)
+    with _evaluating(model):
+        for batch in batches:
+            lap("data")
+            bad_data.add(batch.bad)
+            if len(batch.images):
+                images, targets = to_device(batch, config, device)
+                if isinstance(metrics, TopKMetrics):
+                    with autocast(config, device):
+                        classes = model.topk(images, max(metrics.ks))[1]  # type: ignore[operator]
+                    lap("model")
+                    assert isinstance(targets, SparseTargets)
+                    metrics.update(*_real(classes, targets, batch.real))
+                else:
+                    with autocast(config, device):
+                        logits = model(images)
+                    logits = building.scores_as_logits(config, logits.float())
+                    lap("model")
+                    metrics.update(logits, targets)
+                lap("metrics")
+            if progress is not None:
+                progress.advance()
+    lap("data")
     found = metrics.compute(group)
     lap("metrics")
     return found
 
 
-def _see(
-    model: nn.Module,
-    batches: Any,
-    config: TrainConfig,
-    metrics: Any,
-    device: torch.device,
-    bad_data: BadDataLog,
-    progress: Progress | None,
-    lap: _Laps,
-) -> None:
-    """Shows the metrics all batches."""
-    for batch in batches:
-        lap("data")
-        bad_data.add(batch.bad)
-        if len(batch.images):
-            images, targets = to_device(batch, config, device)
-            if isinstance(metrics, TopKMetrics):
-                with autocast(config, device):
-                    classes = model.topk(images, max(metrics.ks))[1]  # type: ignore[operator]
-                lap("model")
-                assert isinstance(targets, SparseTargets)
-                metrics.update(*_real(classes, targets, batch.real))
-            else:
-                with autocast(config, device):
-                    logits = model(images)
-                logits = building.scores_as_logits(config, logits.float())
-                lap("model")
-                metrics.update(logits, targets)
-            lap("metrics")
-        if progress is not None:
-            progress.advance()
-    lap("data")
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """A model in evaluation mode, and afterwards in its own."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
 
 
 def _real(classes: Tensor, targets: SparseTargets, real: int | None) -> tuple[Tensor, SparseTargets]:

@@ -171,11 +171,12 @@ def evaluate_checkpoint(
     loaded = load_model(path, device=device, weights=weights)
     changes = dict(changes or {})
     if changes.keys() & {"data", "labels"}:
-        # What names the run's own labels says nothing of other images.
-        names = ("layout", "val_labels", "image_column", "label_column", "voc_difficult")
-        own = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
-        for name in (*names, "labels") if "data" in changes else names:
-            changes.setdefault(name, own[name])
+        # What names the run's own labels says nothing of other images; another table may have the same columns.
+        names = ["layout", "val_labels", "voc_difficult"]
+        if "labels" not in changes:
+            names += ["labels", "image_column", "label_column"]
+        defaults = {item.name: item.default for item in dataclasses.fields(TrainConfig)}
+        changes = {**{name: defaults[name] for name in names}, **changes}
     config = TrainConfig(**{**vars(loaded.config), **changes})
     say = Progress(0, "", stream=stream).say
     bad_data = BadDataLog(config.on_bad_data, say)

@@ -8,7 +8,7 @@ from typing import Any
 from mlhead import _dcp, checkpoints
 from mlhead._config import TrainConfig
 from mlhead._trainer import Saved, Summary, Trainer
-from mlhead._usage import UsageError, usage_fail
+from mlhead._usage import UsageError, check_folder, usage_fail
 from mlhead.distributed import Processes, launched, was_restarted
 
 # What a resumed run may change; everything else would make it another run.
@@ -37,8 +37,7 @@ def train(config: TrainConfig, *, overwrite: bool = False, stream: Any = None) -
 
 
 def _check_room(out: Path, overwrite: bool) -> None:
-    if out.exists() and not out.is_dir():
-        usage_fail("--out", "a folder", f"the file {out}")
+    check_folder("--out", out)
     if any(checkpoints.find(out, name) for name in checkpoints.NAMES) and not overwrite:
         usage_fail("--out", "a folder without a run (or use --overwrite, or --resume)", out)
 

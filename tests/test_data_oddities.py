@@ -10,6 +10,7 @@ from training_runs import config, run
 
 from mlhead import cli
 from mlhead._usage import UsageError
+from mlhead.data import nus_wide, open_images
 from mlhead.data.folder import open_image, read_table
 from mlhead.data.image_folder import open_image_folder
 from mlhead.data.loading import BadSample
@@ -70,9 +71,17 @@ def test_a_quote_that_is_not_closed_loses_no_row(tmp_path):
     table = tmp_path / "labels.csv"
     table.write_text('image,labels\n0.png,cat\n1.png,"dog\n2.png,cat\n3.png,dog\n')
     with pytest.raises(
-        UsageError, match=r"--labels must be a CSV file, got .*ends in line 5: is a quote .* not closed"
+        UsageError, match=r"--labels must be a CSV file, got .*row that begins in line 3 has several lines"
     ):
         read_table(table, tmp_path)
+
+
+@pytest.mark.parametrize("reader", ["open-images", "nus-wide"])
+def test_a_quote_that_is_not_closed_in_other_tables(tmp_path, reader):
+    path = tmp_path / "table.csv"
+    path.write_text('a,b,c\n0.png,"[cat],train\n1.png,[dog],train\n')
+    with pytest.raises(UsageError, match=r"must be a CSV file \(line 3: the row that begins in line 2 has several"):
+        list(open_images._rows(path)) if reader == "open-images" else nus_wide._read_table(path, tmp_path)
 
 
 def test_folders_beside_those_of_splits_are_reported(tmp_path):
@@ -144,6 +153,17 @@ def table(folder, flip):
         rows.append(f"{number}.png,{'cat' if bool(number % 2) != flip else 'dog'}")
     (folder / "labels.csv").write_text("\n".join(["image,labels", *rows]) + "\n")
     return {"data": str(folder), "labels": str(folder / "labels.csv")}
+
+
+def test_another_table_has_the_columns_of_the_runs_own(tmp_path):
+    options = table(tmp_path / "a", False)
+    for name in ("a", "b"):
+        text = (tmp_path / "a/labels.csv").read_text().replace("image,labels", "file,tags")
+        (tmp_path / f"{name}.csv").write_text(text)
+    own = {**options, "labels": str(tmp_path / "a.csv"), "image_column": "file", "label_column": "tags"}
+    run(tmp_path / "run", **own, image_size=16, head="gap", steps=1, batch_size=4, val_fraction=0.3)
+    changes = {"labels": str(tmp_path / "b.csv")}
+    assert evaluate_checkpoint(tmp_path / "run/last.pt", changes=changes, device="cpu", stream=io.StringIO())["mAP"] > 0
 
 
 def test_other_data_is_not_measured_by_the_labels_of_the_runs_own(tmp_path):

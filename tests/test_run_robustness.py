@@ -173,7 +173,7 @@ def test_weights_that_are_not_finite_do_not_replace_good_ones(tmp_path, monkeypa
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_finite_numbers(dtype):
     good = torch.full((5,), torch.finfo(dtype).max, dtype=dtype)
     assert are_finite([good, torch.zeros(0, dtype=dtype)])

@@ -5,12 +5,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, TypeAlias
 
 from mlhead import _config
 from mlhead._config import TrainConfig, flag
-from mlhead._usage import usage_fail
 
 # What `add_subparsers` returns.
 Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
@@ -40,12 +38,6 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
 def add_device(parser: argparse.ArgumentParser) -> None:
     """Where a model runs."""
     parser.add_argument("--device", default="auto", help="'auto', 'cpu', 'cuda', ... (default: auto)")
-
-
-def check_folder(argument: str, path: str) -> None:
-    """That a folder is there or can be made where files are to be written, before the work of making them."""
-    if Path(path).exists() and not Path(path).is_dir():
-        usage_fail(argument, "a folder", f"the file {path}")
 
 
 def number(kind: type) -> Callable[[str], Any]:

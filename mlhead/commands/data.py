@@ -6,24 +6,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlhead._config import TrainConfig
-from mlhead._usage import usage_fail
+from mlhead._config import FOLDER_LABELS, TrainConfig
+from mlhead._usage import check_folder, usage_fail
 
-from ._options import Commands, add_options, check_folder, given_options, new_parser
+from ._options import Commands, add_options, given_options, new_parser
 
 # The options of training that also make sense here.
-OPTIONS = (
-    "layout",
-    "labels",
-    "val_labels",
-    "image_column",
-    "label_column",
-    "label_delimiter",
-    "classes",
-    "val_fraction",
-    "voc_difficult",
-    "workers",
-)
+OPTIONS = (*FOLDER_LABELS, "workers")
 
 
 def add(commands: Commands) -> None:
@@ -53,7 +42,7 @@ def _check(arguments: argparse.Namespace) -> int:
     if images != "all" and not images.isdecimal():
         usage_fail("--images", "a whole number or 'all'", repr(images))
     config = TrainConfig(data=arguments.path, **given_options(arguments))
-    check_folder("--out", arguments.out)
+    check_folder("--out", Path(arguments.out))
     report = check.check(
         config, images=None if images == "all" else int(images), say=lambda line: print(line, file=sys.stderr)
     )

@@ -6,9 +6,9 @@ import argparse
 import sys
 from pathlib import Path
 
-from mlhead._usage import usage_fail
+from mlhead._usage import check_folder, usage_fail
 
-from ._options import Commands, add_device, add_weights, check_folder, new_parser, number
+from ._options import Commands, add_device, add_weights, new_parser, number
 
 
 def add(commands: Commands) -> None:
@@ -40,7 +40,7 @@ def _predict(arguments: argparse.Namespace) -> int:
     for path in paths:
         if not path.is_file():
             usage_fail("IMAGE", "an existing image file", path)
-    check_folder("--out", arguments.out)
+    check_folder("--out", Path(arguments.out))
     loaded = inference.load_model(checkpoint, device=arguments.device, weights=arguments.weights)
     options = {"top": arguments.top, "threshold": arguments.threshold, "names": arguments.label}
     results = inference.predict_files(loaded, paths, **options)

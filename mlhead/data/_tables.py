@@ -56,13 +56,10 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record | BadSample]:
             _check_columns(path, columns, header)
             at_image, at_labels = header.index(columns.image), header.index(columns.labels)
             at_split = header.index("split") if "split" in header else None
-            for cells in reader:
+            for cells in whole_rows(reader):
                 if not cells:
                     continue  # an empty line holds nothing that could be lost
                 place = f"line {reader.line_num}"
-                if any("\n" in cell for cell in cells):
-                    where = f"{path} (a cell with a line break ends in {place}: is a quote before it not closed?)"
-                    raise UsageError(f"{columns.argument} must be a CSV file, got {where}")
                 if len(cells) != len(header):
                     yield BadSample(f"{path}, {place}", f"{len(cells)} cells where the header has {len(header)}")
                     continue
@@ -74,6 +71,20 @@ def _csv(path: Path, columns: Columns) -> Iterator[Record | BadSample]:
         raise UsageError(
             f"{columns.argument} must be a CSV file, got {path} (line {reader.line_num}: {error})"
         ) from error
+
+
+def whole_rows(reader: Any) -> Iterator[list[str]]:
+    """The rows of a CSV reader, each of which has to be one line.
+
+    Raises:
+        csv.Error: a row has several, as after a quote that is not closed: rows would be lost in a cell.
+    """
+    line = reader.line_num
+    for cells in reader:
+        if reader.line_num > line + 1:
+            raise csv.Error(f"the row that begins in line {line + 1} has several lines: is a quote not closed?")
+        line = reader.line_num
+        yield cells
 
 
 def _parts(text: str, delimiter: str) -> tuple[str, ...]:

@@ -45,7 +45,7 @@ def _published(root: Path) -> str | None:
 
 def _split_folders(root: Path) -> list[tuple[Path, str]]:
     """The folders of the splits that are there, and of which split each is."""
-    found = {path.name.lower(): path for path in _folders(root)} if root.is_dir() else {}
+    found = {path.name.lower(): path for path in _folders(root)}
     return [(found[name], split) for name, split in SPLIT_FOLDERS.items() if name in found]
 
 

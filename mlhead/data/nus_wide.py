@@ -21,6 +21,7 @@ from torch.utils.data import Dataset
 from mlhead._usage import UsageError, closest, usage_fail
 from mlhead.data import folder
 from mlhead.data._files import FolderFiles
+from mlhead.data._tables import whole_rows
 from mlhead.data._word_files import is_array_file, orient, read_array
 from mlhead.data.listing import ListImages, from_rows
 from mlhead.data.loading import BadSample, Sample
@@ -191,7 +192,7 @@ def _read_table(path: Path, root: Path) -> tuple[folder.Table, list[str]]:
             if len(header) < 3 or header[2] in ("train", "val"):
                 got = f"the first line {','.join(header)!r}" if header else "an empty file"
                 usage_fail(str(path), f"a CSV with a header of at least three columns ({_COLUMNS})", got)
-            for cells in reader:
+            for cells in whole_rows(reader):
                 if not cells:
                     continue  # an empty line holds nothing that could be lost
                 where = f"{path}, line {reader.line_num}"

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from mlhead._usage import UsageError, usage_fail
 from mlhead.data._files import files_in
+from mlhead.data._tables import whole_rows
 from mlhead.data.listing import ImageList, ListSource, Names
 from mlhead.data.loading import BadSample
 from mlhead.data.reporting import BadDataLog
@@ -88,7 +89,7 @@ def _rows(path: Path) -> Iterator[tuple[int, list[str]]]:
     try:
         with path.open(newline="", encoding="utf-8-sig") as file:
             reader = csv.reader(file)
-            yield from ((reader.line_num, cells) for cells in reader if cells)
+            yield from ((reader.line_num, cells) for cells in whole_rows(reader) if cells)
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} must be UTF-8 text ({error})") from error
     except csv.Error as error:

@@ -141,7 +141,7 @@ def csra_pool_grad(
             dw = (dw - wn * (dw * wn).sum(-1, keepdim=True)) / norm
         return dx, dw.to(weight.dtype), None if bias is None else ds.sum((1, 3)).to(bias.dtype)
 
-    chunks = list(_chunks(x, weight))
+    chunks = _chunks(x, weight)
     if len(chunks) == 1:  # written without a write, for what makes a graph
         dx, dweight, dbias = of_classes(chunks[0])
         return dx.to(x.dtype), dweight, dbias
